@@ -1,0 +1,310 @@
+"""ConvNet-AIG: residual networks whose every residual block is behind a gate, decided image by image.
+
+    x_{l+1} = relu(shortcut_l(x_l) + z_l(x_l) * F_l(x_l)),   z_l(x) in {0, 1}      (paper, eq. 3)
+
+Andreas Veit, Serge Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018,
+https://arxiv.org/abs/1711.11503. The backbones are those of He et al., "Deep residual learning for
+image recognition", CVPR 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
+
+This module owns the gate, the blocks, the backbones, their constructors and the paper's target rates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gumbelmodule import gumbel_noise, gumbel_softmax
+
+GATE_MODES = ("argmax", "sample", "expected", "all")
+RUNS_EVERYTHING = ("expected", "all")  # the modes that execute every branch
+GATE_WIDTH = 16  # hidden units of a gate
+
+
+def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+
+
+def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
+
+
+class GatedBlock(nn.Module):
+    """A residual block with its gate; subclasses build the branch and define `residual`.
+
+    The gate (section 3.2) is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
+    index 1 means "execute". Its layers are attributes of the block itself because the public parameter
+    keys are `fc1`, `fc1bn`, `fc2`; `fc1` and `fc2` are 1x1 convolutions there, hence their 4-D weights.
+    """
+
+    expansion: int
+
+    def __init__(self, in_planes: int, planes: int, stride: int = 1, gated: bool = True) -> None:
+        super().__init__()
+        out_planes = planes * self.expansion
+        self.build_residual(in_planes, planes, stride)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != out_planes:
+            self.shortcut = nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
+        self.gated = gated
+        if gated:
+            self.fc1 = nn.Conv2d(in_planes, GATE_WIDTH, 1)
+            self.fc1bn = nn.BatchNorm1d(GATE_WIDTH)
+            self.fc2 = nn.Conv2d(GATE_WIDTH, 2, 1)
+            nn.init.normal_(self.fc2.weight, 0, 0.001)
+            # softmax(0.1, 2.0) = 0.87 open at the start, the paper's setting
+            self.fc2.bias.data = torch.tensor([0.1, 2.0])
+
+    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
+        raise NotImplementedError
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F_l(x): the branch up to its last BatchNorm, (N, C, H, W) -> (N, C', H', W')."""
+        raise NotImplementedError
+
+    def gate_logits(self, x: Tensor) -> Tensor:
+        """The relevance scores of "skip" and "execute", (N, C, H, W) -> (N, 2)."""
+        h = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # (N, C); unlike mean's, sum's gradient is a mere view
+        h = F.linear(h, self.fc1.weight.flatten(1), self.fc1.bias)  # (N, 16)
+        h = F.relu(self.fc1bn(h))
+        return F.linear(h, self.fc2.weight.flatten(1), self.fc2.bias)  # (N, 2)
+
+    def gate(self, x: Tensor, mode: str, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
+        """The multiplier z of the branch, (N, C, H, W) -> (N,)."""
+        logits = self.gate_logits(x)
+        if mode == "sample":
+            return gumbel_softmax(logits, temperature, hard=True, noise=noise)[:, 1]
+        log_odds = logits[:, 1] - logits[:, 0]
+        if mode == "argmax":  # P(open) > threshold
+            return (log_odds > math.log(threshold / (1 - threshold))).to(x.dtype)
+        return torch.sigmoid(log_odds)  # "expected": P(open)
+
+    def forward(
+        self,
+        x: Tensor,
+        mode: str = "sample",
+        threshold: float = 0.5,
+        temperature: float = 1,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the branch for every image and multiplies it by its gate: the form that has a gradient.
+
+        Args:
+            x: (N, C, H, W).
+            mode, threshold, temperature: see `AdaptiveResNet`.
+            noise: (N, 2) Gumbel noise for mode "sample"; drawn here if None.
+
+        Returns:
+            relu(shortcut(x) + z * F(x)), (N, C', H', W'), and z, (N,).
+        """
+        shortcut, residual = self.shortcut(x), self.residual(x)
+        if not self.gated or mode == "all":
+            return F.relu(residual.add_(shortcut), inplace=True), x.new_ones(len(x))
+        z = self.gate(x, mode, threshold, temperature, noise)
+        out = (residual * z.view(-1, 1, 1, 1)).add_(shortcut)
+        return F.relu(out, inplace=True), z
+
+
+class BasicBlock(GatedBlock):
+    """Two 3x3 convolutions, (N, C, H, W) -> (N, planes, H/stride, W/stride)."""
+
+    expansion = 1
+
+    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
+        self.conv1 = conv3x3(in_planes, planes, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = nn.BatchNorm2d(planes)
+
+    def residual(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return self.bn2(self.conv2(h))
+
+
+class Bottleneck(GatedBlock):
+    """1x1, 3x3 and 1x1 convolution, (N, C, H, W) -> (N, 4 planes, H/stride, W/stride)."""
+
+    expansion = 4
+
+    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
+        self.conv1 = conv1x1(in_planes, planes)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = conv3x3(planes, planes, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = conv1x1(planes, planes * self.expansion)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+
+    def residual(self, x: Tensor) -> Tensor:
+        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        h = F.relu(self.bn2(self.conv2(h)), inplace=True)
+        return self.bn3(self.conv3(h))
+
+
+class AdaptiveResNet(nn.Module):
+    """What both backbones share: stages of gated blocks and the forward pass through them.
+
+    Attributes:
+        gate_mode: how gates decide in eval mode (training always samples).
+            "argmax": open where P(open) > `threshold`; repeatable, the default.
+            "sample": a straight-through Gumbel-softmax sample, as in training and in the original's evaluation.
+            "expected": run every branch and scale it by P(open), the starred row of the paper's table 1.
+            "all": every gate open, the plain ResNet of the same weights.
+        threshold: of P(open) in mode "argmax", strictly between 0 and 1.
+        target_rates: one rate per block; a block at rate 1 has no gate and always runs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_mode = "argmax"
+        self.threshold = 0.5
+
+    def build_stages(
+        self,
+        block: type[GatedBlock],
+        num_blocks: Sequence[int],
+        planes: Sequence[int],
+        target_rates: Sequence[float] | None,
+    ) -> int:
+        """Builds `layer1`, `layer2`, ... with the stride in the first block of all but the first.
+
+        Returns the number of channels after the last. Raises ValueError if target_rates do not fit.
+        """
+        total = sum(num_blocks)
+        # without rates every block is gated; the rates themselves matter only to the loss
+        self.target_rates = None if target_rates is None else check_target_rates(target_rates, total)
+        gated = iter([True] * total if target_rates is None else [rate < 1 for rate in target_rates])
+        self.num_stages = len(num_blocks)
+        in_planes = planes[0]
+        for stage, (depth, width) in enumerate(zip(num_blocks, planes, strict=True), start=1):
+            layers = []
+            for i in range(depth):
+                stride = 2 if stage > 1 and i == 0 else 1
+                layers.append(block(in_planes, width, stride, gated=next(gated)))
+                in_planes = width * block.expansion
+            setattr(self, f"layer{stage}", nn.Sequential(*layers))
+        return in_planes
+
+    def blocks(self) -> Iterator[GatedBlock]:
+        """The residual blocks, first to last."""
+        return chain.from_iterable(getattr(self, f"layer{s}") for s in range(1, self.num_stages + 1))
+
+    def stem(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, temperature: float = 1) -> tuple[Tensor, list[Tensor]]:
+        """Classifies images, each through its own inference graph.
+
+        Args:
+            x: (N, 3, H, W).
+            temperature: of the Gumbel-softmax; it changes gradients, never decisions.
+
+        Returns:
+            logits (N, K) and, per block, the multiplier z (N,) that was applied to its branch.
+        """
+        mode = "sample" if self.training else self.gate_mode
+        if mode not in GATE_MODES:
+            raise ValueError(f"gate_mode {mode!r}: choose from {', '.join(GATE_MODES)}")
+        blocks = list(self.blocks())
+        x = self.stem(x)
+        noise = [None] * len(blocks)
+        if mode == "sample":  # the noise of all gates in one draw: a few kernels instead of a few per gate
+            noise = gumbel_noise(torch.rand(len(blocks), len(x), 2, dtype=x.dtype, device=x.device))
+        gate_activations = []
+        for block, block_noise in zip(blocks, noise, strict=True):
+            x, z = block(x, mode, self.threshold, temperature, block_noise)
+            gate_activations.append(z)
+        return self.linear(x.mean((2, 3))), gate_activations
+
+
+class ResNet_cifar(AdaptiveResNet):
+    """The ResNet for 32x32 images: three stages of 16, 32 and 64 planes.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        num_blocks: blocks in each of the three stages.
+        num_classes: K.
+        target_rates: one per block in [0, 1]; blocks at 1 have no gate. None gates every block.
+
+    Raises:
+        ValueError: if target_rates has another length or leaves [0, 1].
+    """
+
+    def __init__(
+        self,
+        block: type[GatedBlock],
+        num_blocks: Sequence[int],
+        num_classes: int = 10,
+        target_rates: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(3, 16)
+        self.bn1 = nn.BatchNorm2d(16)
+        features = self.build_stages(block, num_blocks, (16, 32, 64), target_rates)
+        self.linear = nn.Linear(features, num_classes)
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn1(self.conv1(x)), inplace=True)
+
+
+class ResNet_ImageNet(AdaptiveResNet):
+    """The ResNet for photographs: four stages of 64, 128, 256 and 512 planes after a 7x7 stem and a max-pool.
+
+    Arguments as for `ResNet_cifar`, with the blocks of four stages in `layers`. Convolutions, those of the
+    gates' `fc1` included, start at N(0, sqrt(2 / (k * k * out_channels))).
+    """
+
+    def __init__(
+        self,
+        block: type[GatedBlock],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        target_rates: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        features = self.build_stages(block, layers, (64, 128, 256, 512), target_rates)
+        self.linear = nn.Linear(features, num_classes)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Conv2d) and not name.endswith("fc2"):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def stem(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.max_pool2d(x, 3, stride=2, padding=1)
+
+
+def ResNet110_cifar(nclass: int = 10, target_rates: Sequence[float] | None = None) -> ResNet_cifar:
+    """ConvNet-AIG-110, 54 blocks, 1,766,630 parameters with every block gated and 10 classes."""
+    return ResNet_cifar(BasicBlock, (18, 18, 18), nclass, target_rates)
+
+
+def ResNet50_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
+    """ConvNet-AIG-50, 16 blocks, 25,768,264 parameters with every block gated."""
+    return ResNet_ImageNet(Bottleneck, (3, 4, 6, 3), num_classes, target_rates)
+
+
+def ResNet101_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
+    """ConvNet-AIG-101, 33 blocks, 45,040,314 parameters with every block gated."""
+    return ResNet_ImageNet(Bottleneck, (3, 4, 23, 3), num_classes, target_rates)
+
+
+def ResNet152_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
+    """ConvNet-AIG-152, 50 blocks, 60,931,116 parameters with every block gated."""
+    return ResNet_ImageNet(Bottleneck, (3, 8, 36, 3), num_classes, target_rates)
+
+
+def check_target_rates(rates: Sequence[float], num_blocks: int) -> list[float]:
+    """The rates as floats. Raises ValueError unless they are num_blocks numbers in [0, 1]."""
+    rates = [float(rate) for rate in rates]
+    if len(rates) != num_blocks:
+        raise ValueError(f"{len(rates)} target rates for {num_blocks} blocks")
+    for block, rate in enumerate(rates, start=1):
+        if not 0 <= rate <= 1:
+            raise ValueError(f"target rate {rate} of block {block}: must lie in [0, 1]")
+    return rates

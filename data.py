@@ -1,0 +1,240 @@
+"""Datasets and loaders: CIFAR-10/100, digits, class folders of small images, and ImageNet-layout folders.
+
+Small images live on the device as one uint8 tensor and are cropped, flipped and normalised in batches, with the
+distribution of torchvision's transforms. Everything random is a function of (seed, epoch, step).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+from utils import InputError, derive_seed, get_mean_and_std
+
+SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
+SMALL_SIZE = 32
+CIFAR = {  # class, archive, normalisation
+    # the original's constants: its std is the mean of the images' own stds, smaller than that of all pixels
+    "cifar10": (datasets.CIFAR10, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
+    "cifar100": (datasets.CIFAR100, ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023))),
+}
+
+
+@dataclass(frozen=True)
+class SmallImages:
+    """A set of small images: images (N, H, W, 3) uint8, labels (N,) int64, the names of the K classes."""
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> SmallImages:
+        return SmallImages(self.images[indices], self.labels[indices], self.classes)
+
+
+# ---------------------------------------------------------------------------------------------- small images: reading
+
+
+def load_small_images(dataset: str, root: str | Path, train: bool) -> SmallImages:
+    """The training or the test images of a small data set.
+
+    Args:
+        dataset: one of SMALL_DATASETS.
+        root: where CIFAR is, or is downloaded to; for "folder", where `train/` and `test/` (or `val/`) are.
+
+    Raises:
+        InputError: if the data is missing, cannot be had, or cannot be read.
+    """
+    if dataset == "digits":
+        return _digits(train)
+    if dataset == "folder":
+        return _class_folder(Path(root), train)
+    return _cifar(dataset, Path(root), train)
+
+
+def _cifar(dataset: str, root: Path, train: bool) -> SmallImages:
+    source = CIFAR[dataset][0]
+    made_root = not root.exists()
+    try:
+        found = source(root, train, download=True)  # downloads only what is not there
+    except (OSError, RuntimeError) as error:
+        if made_root and root.exists() and not any(root.iterdir()):
+            root.rmdir()
+        raise InputError(
+            f"{dataset} is not in {root} and cannot be downloaded: put {source.filename} (from {source.url}) into "
+            f"{root}, or try --dataset digits, which needs no download"
+        ) from error
+    return SmallImages(torch.from_numpy(found.data), torch.tensor(found.targets), list(found.classes))
+
+
+def _digits(train: bool) -> SmallImages:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fixed stratified 80/20 split."""
+    digits = load_digits()
+    indices = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    chosen = indices[0 if train else 1]
+    grey = torch.from_numpy(np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8))  # (N, 8, 8), 0..16 before
+    labels = torch.from_numpy(digits.target[chosen]).long()
+    return SmallImages(grey[..., None].repeat(1, 1, 1, 3), labels, [str(name) for name in digits.target_names])
+
+
+def _class_folder(root: Path, train: bool) -> SmallImages:
+    """One folder per class, images of any size, brought to 32x32: short side resized, centre cropped."""
+    split = find_split(root, ("train",) if train else ("test", "val"))
+    found = open_image_folder(split)
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        arrays = pool.map(_read_small, [path for path, _ in found.samples])
+        progress = tqdm(arrays, f"reading {split}", len(found), unit="image", disable=None, leave=False)
+        images = torch.from_numpy(np.stack(list(progress)))
+    return SmallImages(images, torch.tensor(found.targets), found.classes)
+
+
+def _read_small(path: str) -> np.ndarray:
+    image = read_image(path)
+    if image.size != (SMALL_SIZE, SMALL_SIZE):
+        image = TF.center_crop(TF.resize(image, SMALL_SIZE), SMALL_SIZE)
+    return np.asarray(image)
+
+
+def find_split(root: Path, names: tuple[str, ...]) -> Path:
+    """The first of these folders that exists under root. Raises InputError if none does."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    wanted = " or ".join(f"{name}/" for name in names)
+    raise InputError(f"no folder {wanted} in {root}: expected one folder per class inside")
+
+
+def open_image_folder(folder: Path, transform: Any = None) -> datasets.ImageFolder:
+    """torchvision's ImageFolder. Raises InputError if it has no classes, or a class without images."""
+    try:
+        return datasets.ImageFolder(folder, transform, loader=read_image)
+    except FileNotFoundError as error:  # no class folder, or a class folder without images
+        raise InputError(str(error).split(" Supported extensions")[0].rstrip(".") + f" (in {folder})") from error
+
+
+def read_image(path: str) -> Image.Image:
+    """An image file as RGB, whatever its mode. Raises InputError naming the file if it cannot be decoded."""
+    try:
+        with Image.open(path) as image:
+            if image.mode == "P" and "transparency" in image.info:
+                image = image.convert("RGBA")  # else Pillow warns
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+
+def same_classes(train: list[str], other: list[str], where: str) -> None:
+    """Raises InputError naming the classes that only one of the two lists has."""
+    if train != other:
+        differing = sorted(set(train) ^ set(other))
+        raise InputError(f"the classes of {where} differ from those trained on: {', '.join(differing[:5]) or 'order'}")
+
+
+# ---------------------------------------------------------------------------------------------- small images: batches
+
+
+def pixel_statistics(dataset: str, images: SmallImages) -> tuple[list[float], list[float]]:
+    """The mean and std to normalise with: known constants for CIFAR, measured on these images otherwise."""
+    if dataset in CIFAR:
+        mean, std = CIFAR[dataset][1]
+        return list(mean), list(std)
+    chunks = zip(images.images.split(1024), images.labels.split(1024), strict=True)
+    mean, std = get_mean_and_std((chunk.permute(0, 3, 1, 2), labels) for chunk, labels in chunks)
+    return mean, [max(value, 1 / 255) for value in std]  # images of one colour must not divide by 0
+
+
+def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]:
+    """Splits off `count` images, always the same ones whatever the seed of the run: (the rest, those held out)."""
+    if count > len(images) - 2:
+        raise InputError(f"--val-size {count}: there are only {len(images)} training images, and two must remain")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.subset(order[count:]), images.subset(order[:count])
+
+
+class SmallImageLoader:
+    """Batches of normalised images from a uint8 tensor on the device, without worker processes.
+
+    Args:
+        source: the images.
+        batch_size: images per batch; the last one is smaller, and left out when training if it has one image
+            (BatchNorm of a gate needs two).
+        normalisation: mean and std per channel, in units of [0, 1].
+        augment: None for evaluation (in order, as they are), or "crop" or "crop+flip": shuffled, with torchvision's
+            RandomCrop(size, padding=size // 8), the padding black before normalising, and RandomHorizontalFlip().
+        seed: of shuffling and augmentation.
+        device: where the images are kept.
+    """
+
+    def __init__(
+        self,
+        source: SmallImages,
+        batch_size: int,
+        normalisation: tuple[list[float], list[float]],
+        *,
+        augment: str | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.classes, self.batch_size, self.augment, self.seed = source.classes, batch_size, augment, seed
+        self.dropped = int(augment is not None and len(source) % batch_size == 1)
+        self.num_images = len(source) - self.dropped
+        self.size = source.images.shape[1:3]  # (H, W)
+        self.padding = self.size[0] // 8 if augment else 0
+        p = self.padding
+        self.images = torch.nn.functional.pad(source.images, (0, 0, p, p, p, p)).to(device)  # (N, H + 2p, W + 2p, 3)
+        self.labels = source.labels.to(device)
+        mean, std = (255 * torch.tensor(values, dtype=torch.float32, device=device) for values in normalisation)
+        self.scale, self.shift = 1 / std, -mean / std
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on."""
+        device = self.images.device
+        if self.augment:
+            shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+            order = torch.randperm(len(self.labels), generator=shuffle)[: self.num_images].to(device)
+        for step in range(start, len(self)):
+            chosen = slice(step * self.batch_size, min((step + 1) * self.batch_size, self.num_images))
+            if self.augment:
+                random = torch.Generator(device).manual_seed(derive_seed(self.seed, "augment", epoch, step))
+                images = self.crop(order[chosen], *self.draw(chosen.stop - chosen.start, random))
+                yield self.normalise(images), self.labels[order[chosen]]
+            else:
+                yield self.normalise(self.images[chosen]), self.labels[chosen]
+
+    def draw(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Random top and left edges of the crops in the padded images, and who is flipped: three (N,) tensors."""
+        device = self.images.device
+        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=random, device=device)
+        flip = torch.rand(count, generator=random, device=device) < (0.5 if self.augment == "crop+flip" else 0)
+        return top, left, flip
+
+    def crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """Gathers the crops of the images at `indices`, mirrored where `flip`: (N, H, W, 3) uint8."""
+        height, width = (torch.arange(side, device=self.images.device) for side in self.size)
+        rows = top[:, None] + height  # (N, H)
+        columns = left[:, None] + torch.where(flip[:, None], width.flip(0), width)  # (N, W)
+        return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in channels-last layout, zero mean and unit variance."""
+        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)

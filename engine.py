@@ -1,0 +1,353 @@
+"""The target-rate loss, a training epoch, evaluation with gate statistics, and `fit`, which strings them together.
+
+Both scripts train and evaluate through this module. Functions that compute return plain dicts; only `fit` writes.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import utils
+from convnet_aig import RUNS_EVERYTHING
+from utils import TrainingError, derive_seed, topk_correct
+
+MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
+
+
+class Loader(Protocol):
+    """What `data` offers: `num_images` images of `classes`, in `len` batches."""
+
+    classes: list[str]
+    num_images: int
+
+    def __len__(self) -> int: ...
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: the values of the command line that the loops need.
+
+    Attributes:
+        target_rates: t_l of each of the L blocks.
+        lossfact: weight of the target-rate loss.
+        lr: learning rate at the start; each parameter group multiplies it by its own "lr_factor".
+        milestones: epochs from which on the learning rate is another 10 times smaller.
+        warmup: epochs over which the learning rate rises linearly to lr.
+        accumulate: parts in which a batch is computed, to save memory.
+        epochs: number of the last epoch, counted from 1.
+        seed: of the gates' noise.
+        print_freq: steps between plain lines, where the output is no terminal.
+        log_interval: steps between refreshes of the progress bar.
+        topk: the k of the reported accuracies.
+    """
+
+    target_rates: Sequence[float]
+    lossfact: float
+    lr: float
+    milestones: Sequence[int]
+    epochs: int
+    seed: int
+    warmup: int = 0
+    accumulate: int = 1
+    print_freq: int = 25
+    log_interval: int = 20
+    topk: Sequence[int] = (1,)
+
+
+def target_rate_loss(z: Tensor, target_rates: Tensor) -> Tensor:
+    """mean_l (t[l] - mean_n z[n, l])^2 for z (N, L) and t (L,)                          (paper, eq. 8)"""
+    return (target_rates - z.mean(0)).square().mean()
+
+
+def lr_factor(recipe: Recipe, epoch: int, progress: float = 0) -> float:
+    """0.1^(number of milestones <= epoch), times (epoch - 1 + progress) / warmup while that is below 1.
+
+    `progress` is the part of the epoch done, in (0, 1].
+    """
+    factor = 0.1 ** sum(milestone <= epoch for milestone in recipe.milestones)
+    return factor * min(1, (epoch - 1 + progress) / recipe.warmup) if recipe.warmup else factor
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def train_step(
+    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, rates: Tensor, recipe: Recipe
+) -> dict[str, Tensor]:
+    """One update. The batch is computed in `recipe.accumulate` parts, each holding the rates on its own.
+
+    Returns:
+        Sums over the images, on the device: the two losses, top-k hits, and `gates` (L,).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    sums: dict[str, Tensor] = {}
+    parts = min(recipe.accumulate, max(1, len(images) // 2))  # BatchNorm of a gate needs two images
+    for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
+        logits, gates = model(x)
+        z = torch.stack(gates, dim=1)  # (N, L)
+        loss_classify = F.cross_entropy(logits, y)
+        loss_target = recipe.lossfact * target_rate_loss(z, rates)
+        loss = loss_classify + loss_target
+        (loss * (len(x) / len(images))).backward()
+        hits = topk_correct(logits.detach(), y, recipe.topk)
+        add(sums, loss_classify=loss_classify.detach() * len(x), loss_target=loss_target.detach() * len(x))
+        add(sums, gates=z.detach().sum(0), **{f"top{k}": hit for k, hit in zip(recipe.topk, hits, strict=True)})
+    optimizer.step()
+    return sums
+
+
+def add(sums: dict[str, Tensor], **values: Tensor) -> None:
+    """Adds tensors to running sums, in place where there is one already: no read from the device."""
+    for name, value in values.items():
+        sums[name] = sums[name].add_(value) if name in sums else value.to(sum_dtype(value.device), copy=True)
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Sums run in float64 but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def train_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, recipe: Recipe, epoch: int
+) -> dict[str, float]:
+    """Trains for one epoch; step s draws its noise from (seed, epoch, s) alone.
+
+    Returns:
+        Means over the epoch: loss, loss_classify, loss_target, top-k accuracies in percent, execution_rate.
+
+    Raises:
+        TrainingError: if a loss was not finite, naming the first such step.
+    """
+    model.train()
+    rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=next(model.parameters()).device)
+    sums: dict[str, Tensor] = {}
+    seen = 0
+    first_bad = torch.full((), -1, device=rates.device)  # stays on the device until something is printed anyway
+    steps = len(loader)
+    with tqdm(total=steps, desc=f"epoch {epoch}/{recipe.epochs}", disable=None, leave=False, unit="step") as bar:
+        for step, (images, labels) in enumerate(loader.batches(epoch), start=1):
+            if recipe.warmup:
+                set_lr(optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
+            torch.manual_seed(derive_seed(recipe.seed, "noise", epoch, step))
+            stepped = train_step(model, optimizer, images, labels, rates, recipe)
+            add(sums, **stepped)
+            seen += len(images)
+            bad = ~(stepped["loss_classify"] + stepped["loss_target"]).isfinite() & (first_bad < 0)
+            first_bad = torch.where(bad, step, first_bad)
+            bar.update()
+            every = recipe.print_freq if bar.disable else recipe.log_interval
+            if step % every == 0 or step == steps:
+                check_finite(first_bad, epoch)
+                line = brief(averages(sums, seen, recipe.topk))
+                if bar.disable:
+                    print(f"epoch {epoch}/{recipe.epochs} step {step}/{steps}  {line}", flush=True)
+                else:
+                    bar.set_postfix_str(line)
+    return averages(sums, seen, recipe.topk)
+
+
+def check_finite(first_bad: Tensor, epoch: int) -> None:
+    """Raises TrainingError if a step of the epoch had a non-finite loss. Reads from the device."""
+    step = int(first_bad)
+    if step >= 0:
+        raise TrainingError(
+            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; checkpoints before it are good"
+        )
+
+
+def averages(sums: dict[str, Tensor], count: int, topk: Sequence[int]) -> dict[str, float]:
+    """Sums over `count` images as the means of a record. Reads from the device, once."""
+    names = ["loss_classify", "loss_target", *(f"top{k}" for k in topk)]
+    values = torch.stack([*(sums[name] for name in names), sums["gates"].mean()]) / count
+    *means, execution_rate = values.tolist()
+    record = dict(zip(names, means, strict=True))
+    accuracies = {name: 100 * record[name] for name in names[2:]}
+    loss = record["loss_classify"] + record["loss_target"]
+    return {
+        "loss": loss,
+        "loss_classify": record["loss_classify"],
+        "loss_target": record["loss_target"],
+        **accuracies,
+        "execution_rate": execution_rate,
+    }
+
+
+def brief(record: dict[str, Any]) -> str:
+    """Loss, accuracies and execution rate of a record in one short line."""
+    accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in record.items() if name.startswith("top"))
+    return f"loss {record['loss']:.4f}  {accuracies}  execution rate {record['execution_rate']:.3f}"
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: Loader, *, target_rates: Sequence[float], lossfact: float, topk: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """Classifies every image once in the model's gate mode. Shapes: L blocks, K classes.
+
+    Args:
+        target_rates, lossfact: of the target-rate loss, taken here on the rates over the whole set.
+        topk: the k of the accuracies.
+        seed: of the noise, which only the gate mode "sample" draws.
+
+    Returns:
+        loss, loss_classify, loss_target, top-k accuracies in percent; execution_rate (branches run over all L),
+        gates (L rates), classes ({name: mean rate}), executed_blocks (number of images with 0..L branches run),
+        gates_by_class (K x L rates, NaN for a class without images). Rates are means of the multiplier z.
+    """
+    model.eval()
+    torch.manual_seed(seed)
+    num_classes, num_blocks = len(loader.classes), len(target_rates)
+    device = next(model.parameters()).device
+    dtype = sum_dtype(device)
+    by_class = torch.zeros(num_classes, num_blocks, dtype=dtype, device=device)
+    class_counts = torch.zeros(num_classes, dtype=dtype, device=device)
+    executed = torch.zeros(num_blocks + 1, dtype=torch.long, device=device)
+    sums: dict[str, Tensor] = {}
+    for images, labels in tqdm(loader.batches(), "evaluating", len(loader), disable=None, leave=False, unit="batch"):
+        logits, gates = model(images)
+        z = torch.stack(gates, dim=1)  # (N, L)
+        run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
+        by_class.index_add_(0, labels, z.to(dtype))
+        class_counts.index_add_(0, labels, torch.ones_like(labels, dtype=dtype))
+        executed.index_add_(0, run.sum(1).round().long(), torch.ones_like(labels))
+        hits = topk_correct(logits, labels, topk)
+        add(sums, loss_classify=F.cross_entropy(logits, labels, reduction="sum"))
+        add(sums, gates=run.sum(0), **{f"top{k}": hit for k, hit in zip(topk, hits, strict=True)})
+    gates = by_class.sum(0) / loader.num_images  # (L,)
+    rates = torch.tensor(target_rates, dtype=dtype, device=device)
+    sums["loss_target"] = loader.num_images * lossfact * (rates - gates).square().mean()
+    by_class = by_class / class_counts[:, None]
+    return {
+        **averages(sums, loader.num_images, topk),
+        "gates": gates.tolist(),
+        "classes": dict(zip(loader.classes, by_class.mean(1).tolist(), strict=True)),
+        "executed_blocks": executed.tolist(),
+        "gates_by_class": by_class.tolist(),
+    }
+
+
+def test(model: nn.Module, loader: Loader, *, samples: int, seed: int, **settings: Any) -> dict[str, Any]:
+    """What `--test` reports: `evaluate`, and in gate mode "sample" the mean over `samples` seeds.
+
+    Returns:
+        As `evaluate`, with images, images_per_second and threshold; in mode "sample" also the standard
+        deviation over the seeds (None for one seed) of top1, loss and execution_rate, as NAME_std.
+    """
+    repeats = samples if model.gate_mode == "sample" else 1
+    start = time.perf_counter()
+    results = [
+        evaluate(model, loader, seed=derive_seed(seed, "test", sample), **settings) for sample in range(repeats)
+    ]
+    seconds = time.perf_counter() - start
+    result = mean_of(results)
+    if model.gate_mode == "sample":
+        for name in ("top1", "loss", "execution_rate"):
+            values = [each[name] for each in results]
+            result[f"{name}_std"] = statistics.stdev(values) if repeats > 1 else None
+    images = loader.num_images
+    return {
+        **result,
+        "images": images,
+        "images_per_second": repeats * images / seconds,
+        "threshold": model.threshold,
+    }
+
+
+def mean_of(results: list[Any]) -> Any:
+    """The elementwise mean of equally nested dicts and lists of numbers; of a single one, itself."""
+    first = results[0]
+    if len(results) == 1:
+        return first
+    if isinstance(first, dict):
+        return {key: mean_of([each[key] for each in results]) for key in first}
+    if isinstance(first, list):
+        return [mean_of(list(values)) for values in zip(*results, strict=True)]
+    return statistics.fmean(results)
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    train: Loader,
+    val: Loader,
+    recipe: Recipe,
+    *,
+    folder: Path,
+    epochs: range,
+    records: list[dict],
+    best: float,
+    args: dict[str, Any],
+    dashboard: Any,
+) -> float:
+    """Trains through `epochs`, leaving after each a record, a checkpoint, and the best model so far.
+
+    Args:
+        folder: the run folder.
+        epochs: the epochs to run now, a part of 1..recipe.epochs.
+        records: of the epochs before; those of this call are appended.
+        best: highest top-1 validation accuracy so far, in percent.
+        args: kept in the checkpoint.
+        dashboard: its `update(records)` is called after each epoch.
+
+    Returns:
+        The highest top-1 validation accuracy.
+    """
+    for epoch in epochs:
+        start = time.perf_counter()
+        lr = recipe.lr * lr_factor(recipe, epoch, 1)
+        set_lr(optimizer, lr)
+        trained = train_epoch(model, optimizer, train, recipe, epoch)
+        validated = evaluate(
+            model,
+            val,
+            target_rates=recipe.target_rates,
+            lossfact=recipe.lossfact,
+            topk=recipe.topk,
+            seed=derive_seed(recipe.seed, "validation", epoch),
+        )
+        matrix = np.round(validated.pop("gates_by_class"), 4)  # (K, L)
+        if len(matrix) > MATRIX_CLASSES:
+            with utils.atomic_write(folder / "gates_by_class.npy") as file:
+                np.save(file, matrix)
+        else:
+            validated["gates_by_class"] = matrix.tolist()
+        seconds = time.perf_counter() - start
+        records.append({"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated})
+        utils.write_records(folder, records)
+        is_best = validated["top1"] > best
+        best = max(best, validated["top1"])
+        state = {"epoch": epoch + 1, "step": 0, "state_dict": model.state_dict(), "best_prec1": best}
+        state |= {"optimizer": optimizer.state_dict(), "args": args}
+        utils.save_checkpoint(state, is_best, folder)
+        dashboard.update(records)
+        left = seconds * (epochs.stop - 1 - epoch)
+        print(
+            f"epoch {epoch}/{recipe.epochs}  lr {lr:g}  train: {brief(trained)}  val: {brief(validated)}"
+            f"{'  (best)' if is_best else ''}  {seconds:.0f} s, {left / 60:.0f} min left",
+            flush=True,
+        )
+    return best

@@ -1,0 +1,106 @@
+"""Trains and evaluates ConvNet-AIG on small images, by default ResNet-110 on CIFAR-10 as in the paper.
+
+    python train.py --expname NAME
+    python train.py --test --resume runs/NAME/model_best.pth.tar
+
+This script holds values only; the loops are in `engine`, the shared command line in `cli`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import cli
+import data
+from convnet_aig import BasicBlock, ResNet_cifar
+from engine import Recipe
+from utils import InputError
+
+MILESTONES, EPOCHS = (150, 250), 350  # of the paper's schedule
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.make_parser(
+        __doc__.split("\n")[0],
+        expname="give_me_a_name_cifar",
+        epochs=EPOCHS,
+        weight_decay=5e-4,
+        target=0.6,
+        lossfact=2,
+        print_freq=25,
+    )
+    parser.add_argument("--dataset", default="cifar10", choices=data.SMALL_DATASETS)
+    parser.add_argument("--data", default="data", metavar="DIR", help="where CIFAR is or goes, or the class folders")
+    parser.add_argument("--depth", type=depth, default=110, help="of the ResNet: 6 n + 2")
+    parser.add_argument("--val-size", type=cli.number(int, 0), default=0, metavar="N",
+                        help="choose the best model on N held-out training images; 0: on the test set, as the original")
+    parser.add_argument("--milestones", type=cli.number(int, 1), nargs="*", metavar="EPOCH",
+                        help="divide lr by 10 from these epochs on (default: 150 250, scaled with --epochs)")
+    return parser
+
+
+def depth(text: str) -> int:
+    value = cli.number(int, 8)(text)
+    if value % 6 != 2:
+        raise argparse.ArgumentTypeError(f"{value} must be 6 n + 2, such as 20, 32, 44, 56 or 110")
+    return value
+
+
+def scaled_milestones(epochs: int) -> list[int]:
+    """The paper's milestones for another number of epochs."""
+    return [max(least, round(m * epochs / EPOCHS)) for least, m in zip((2, 3), MILESTONES, strict=True)]
+
+
+def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
+    """The loaders for a test, or for training and validation; normalised as the checkpoint was."""
+    device = cli.select(args)
+    test = data.load_small_images(args.dataset, args.data, train=False)
+    if classes := cli.recorded(checkpoint, "classes"):
+        data.same_classes(classes, test.classes, f"--dataset {args.dataset}")
+    mean, std = cli.recorded(checkpoint, "mean"), cli.recorded(checkpoint, "std")
+    normalisation = (mean, std) if mean and std else None
+    train = None
+    if not args.test or normalisation is None:
+        train = data.load_small_images(args.dataset, args.data, train=True)
+        data.same_classes(train.classes, test.classes, "the test images")
+        if args.val_size:
+            train, held_out = data.hold_out(train, args.val_size)
+        normalisation = normalisation or data.pixel_statistics(args.dataset, train)
+    if args.test:
+        return cli.Data(None, data.SmallImageLoader(test, args.batch_size, normalisation, device=device), normalisation)
+    if not args.val_size:
+        print("the validation set is the test set, as in the original: choose models honestly with --val-size")
+    augment = "crop" if args.dataset == "digits" else "crop+flip"
+    loader = data.SmallImageLoader(
+        train, args.batch_size, normalisation, augment=augment, seed=args.seed, device=device
+    )
+    if loader.dropped:
+        print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
+    val = data.SmallImageLoader(held_out if args.val_size else test, args.batch_size, normalisation, device=device)
+    return cli.Data(loader, val, normalisation)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, checkpoint = cli.parse(make_parser(), argv, architecture=("depth",))
+    blocks = (args.depth - 2) // 6
+    target_rates = [args.target] * (3 * blocks)
+    loaded = load_data(args, checkpoint)
+    if not args.test and loaded.train.num_images < 2:
+        raise InputError("there are fewer than two training images")
+    model = ResNet_cifar(BasicBlock, (blocks,) * 3, len(loaded.val.classes), target_rates)
+    recipe = Recipe(
+        target_rates=target_rates,
+        lossfact=args.lossfact,
+        lr=args.lr,
+        milestones=scaled_milestones(args.epochs) if args.milestones is None else args.milestones,
+        epochs=args.epochs,
+        seed=args.seed,
+        print_freq=args.print_freq,
+        log_interval=args.log_interval,
+    )
+    cli.run(args, checkpoint, loaded, model, recipe, gate_layers=("fc2",))
+
+
+if __name__ == "__main__":
+    cli.main(main, "train.py")

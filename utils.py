@@ -1,0 +1,250 @@
+"""What surrounds a run: input errors, seeds, devices, accuracy, checkpoints and the files of a run folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import subprocess
+import zipfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
+ARGS, METRICS, TEST = "args.json", "metrics.jsonl", "test.json"
+
+
+class InputError(Exception):
+    """Bad arguments, or missing or unfit input: one line that says what to do; exit status 2."""
+
+
+class TrainingError(Exception):
+    """A training that cannot go on, a non-finite loss for instance: one line; exit status 1."""
+
+
+# ---------------------------------------------------------------------------------------------- seeds and devices
+
+
+def derive_seed(*key: int | str) -> int:
+    """A 64-bit seed that is a function of the key, such as (seed, "noise", epoch, step), and of nothing else."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+
+
+def select_device(name: str) -> torch.device:
+    """The device called auto, cpu, cuda or mps. Raises InputError if this machine does not have it."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, present in available.items() if present)
+    if not available[name]:
+        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto or cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What computes: the GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------------------------------- measures
+
+
+def topk_correct(logits: Tensor, labels: Tensor, ks: Iterable[int]) -> list[Tensor]:
+    """For each k, the number of images whose label is among the k highest of logits (N, K): 0-d tensors."""
+    ks = list(ks)
+    predicted = logits.topk(max(ks), dim=1).indices  # (N, max k)
+    hits = predicted == labels[:, None]
+    return [hits[:, :k].sum() for k in ks]
+
+
+def get_mean_and_std(dataset: Iterable[tuple[Tensor, Any]]) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation over all pixels, per channel.
+
+    Args:
+        dataset: yields (image, label) or (images, labels); images (..., C, H, W), uint8 or float in [0, 1].
+
+    Returns:
+        Two lists of C floats, in units of [0, 1].
+    """
+    count, total, squares = 0, 0.0, 0.0
+    for images, _ in dataset:
+        pixels = images.double() / 255 if images.dtype == torch.uint8 else images.double()
+        pixels = pixels.movedim(-3, 0).flatten(1)  # (C, pixels)
+        count += pixels.shape[1]
+        total = total + pixels.sum(1)
+        squares = squares + pixels.square().sum(1)
+    mean = total / count
+    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that replaces `path` only once it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    finally:
+        os.close(folder)
+
+
+def strict(value: Any) -> Any:
+    """The value with every non-finite float as None, which strict JSON can hold."""
+    if isinstance(value, dict):
+        return {key: strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the value atomically as indented strict JSON."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(strict(value), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: move it away")
+    return value
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out."""
+    path = folder / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def write_records(folder: Path, records: list[dict]) -> None:
+    """Replaces the metrics file by these records, one strict-JSON object a line."""
+    with atomic_write(folder / METRICS) as file:
+        for record in records:
+            file.write(json.dumps(strict(record), allow_nan=False).encode() + b"\n")
+
+
+def new_run_folder(folder: Path, overwrite: bool) -> None:
+    """Makes `folder` ready for a new run; an earlier run there is deleted only if `overwrite`.
+
+    Raises:
+        InputError: if it already holds a checkpoint, or cannot be made.
+    """
+    if (folder / CHECKPOINT).exists() and not overwrite:
+        raise InputError(
+            f"{folder} already holds a run: choose another --expname, go on with --resume {folder / CHECKPOINT}, "
+            "or replace it with --overwrite"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    for name in (CHECKPOINT, BEST, ARGS, METRICS, TEST, "gates_by_class.npy"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def git_commit() -> str | None:
+    """The commit of this checkout, with "-dirty" after local changes; None outside of git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(state: dict, is_best: bool, folder: Path) -> None:
+    """Writes checkpoint.pth.tar, and model_best.pth.tar if it is the best so far, each atomically.
+
+    The best goes first: after a crash between the two, resuming repeats the epoch and writes both again.
+    """
+    for name in (BEST, CHECKPOINT) if is_best else (CHECKPOINT,):
+        with atomic_write(folder / name) as file:
+            torch.save(state, file)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a checkpoint of this program or of the original, onto the CPU, without running code from it.
+
+    Returns:
+        Its dict, with the prefixes `module.` and `_orig_mod.` taken off the keys of `state_dict`.
+
+    Raises:
+        InputError: if the file is missing, damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"no checkpoint at {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+        reason = str(error).strip().split("\n")[0][:120]
+        raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error
+    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
+    checkpoint["state_dict"] = {
+        key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()
+    }
+    return checkpoint
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copies a state_dict into the model; gates of blocks that have none here are left out.
+
+    Raises:
+        InputError: naming keys that are missing, left over, or of another shape; the model is unchanged.
+    """
+    expected = model.state_dict()
+    ungated = tuple(
+        f"{name}.{layer}."
+        for name, module in model.named_modules()
+        if not getattr(module, "gated", True)
+        for layer in ("fc1", "fc1bn", "fc2")
+    )
+    state = {key: value for key, value in state.items() if not key.startswith(ungated)}
+    # files of PyTorch 0.3 do not count BatchNorm's batches
+    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
+    foreign = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    problems = []
+    for what, keys in (("missing", missing), ("left over", foreign), ("of another shape", shapes)):
+        if keys:
+            problems.append(f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})")
+    if problems:
+        raise InputError(f"{source} does not fit this network: keys {'; '.join(problems)}")
+    model.load_state_dict(state, strict=False)
