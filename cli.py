@@ -242,7 +242,7 @@ def run_training(
         records=records,
         best=best,
         args=kept,
-        dashboard=dashboard.connect(args.expname, kept) if args.visdom else dashboard.Silent(),
+        dashboard=dashboard.connect(folder.name, kept["target_rates"]) if args.visdom else dashboard.Silent(),
     )
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
