@@ -25,7 +25,8 @@ import utils
 from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, TrainingError
 
-PER_CALL = ("resume", "test", "overwrite", "stop_after", "start_epoch", "device", "no_cuda", "visdom", "expname", "save")
+# flags of one call, never taken over from a checkpoint
+PER_CALL = {"expname", "save", "resume", "test", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom"}
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -38,7 +39,9 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message} (see --help)")
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf) -> Callable[[str], Any]:
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+) -> Callable[[str], Any]:
     """An argparse type: an int or float in [low, high], and larger than `above`."""
 
     def convert(text: str) -> Any:
@@ -96,7 +99,9 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     return parser
 
 
-def parse(parser: Parser, argv: Sequence[str] | None, architecture: Sequence[str]) -> tuple[argparse.Namespace, dict | None]:
+def parse(
+    parser: Parser, argv: Sequence[str] | None, architecture: Sequence[str]
+) -> tuple[argparse.Namespace, dict | None]:
     """The values of all flags, and the checkpoint of --resume.
 
     Flags not given are taken from the checkpoint's own `args`. `architecture` names those that must not differ.
@@ -263,7 +268,7 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> 
     """Restores the optimizer's state. Returns the next epoch to run and the best accuracy so far."""
     epoch, best = checkpoint.get("epoch"), checkpoint.get("best_prec1")
     if not isinstance(epoch, int) or epoch < 1 or "optimizer" not in checkpoint:
-        raise InputError(f"{source} has no epoch or no optimizer to continue from: it can only be evaluated, with --test")
+        raise InputError(f"{source} has no epoch or no optimizer to continue from: it can only be evaluated (--test)")
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -323,7 +328,7 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
     rates = {name: rate for name, rate in result["classes"].items() if math.isfinite(rate)}
     ranked = sorted(rates, key=rates.get)
     shown = ranked if len(ranked) <= 20 else [*ranked[:10], *ranked[-10:]]
-    lines += ["", "  open gates by class, fewest first" + (f" (20 of {len(ranked)})" if len(shown) < len(ranked) else "")]
+    lines += ["", f"  open gates by class, fewest first ({len(shown)} of {len(ranked)})"]
     width = max(map(len, shown))
     lines += [f"   {name:<{width}} {rates[name]:.3f} {'#' * round(40 * rates[name])}" for name in shown]
     return "\n".join(lines)

@@ -136,7 +136,14 @@ def as_number(value: float | None) -> float:
 
 
 def lines(
-    painter: Any, window: str, xlabel: str, ylabel: str, x: list[float], y: list[list[float]], names: list[str], **opts: Any
+    painter: Any,
+    window: str,
+    xlabel: str,
+    ylabel: str,
+    x: list[float],
+    y: list[list[float]],
+    names: list[str],
+    **opts: Any,
 ) -> tuple[dict, str]:
     """One line per name over x; y holds, for each x, a value per name."""
     import numpy as np

@@ -169,7 +169,7 @@ def check_finite(first_bad: Tensor, epoch: int) -> None:
     step = int(first_bad)
     if step >= 0:
         raise TrainingError(
-            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; checkpoints before it are good"
+            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; earlier checkpoints are good"
         )
 
 

@@ -93,11 +93,11 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that replaces `path` only once it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)

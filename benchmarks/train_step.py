@@ -59,7 +59,9 @@ def original(blocks: int, images: torch.Tensor, labels: torch.Tensor) -> Callabl
     return step
 
 
-def interleaved(contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
+) -> dict[str, list[float]]:
     """Seconds per call, in turn, the first two rounds not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in tqdm(range(rounds + 2), "training steps", disable=None, leave=False):
