@@ -26,7 +26,10 @@ from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, TrainingError
 
 # flags of one call, never taken over from a checkpoint
-PER_CALL = {"expname", "save", "resume", "test", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom"}
+PER_CALL = (
+    *("expname", "save", "overwrite", "visdom", "device", "no_cuda"),
+    *("resume", "test", "start_epoch", "stop_after"),
+)
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -116,9 +119,10 @@ def parse(
     if args.test and not args.resume:
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if not args.resume:
+        utils.check_vacant(run_folder(args, None), args.overwrite)
         return args, None
     checkpoint = utils.load_checkpoint(args.resume)
-    recorded = checkpoint.setdefault("args", {})
+    recorded = checkpoint.get("args", {})
     if not isinstance(recorded, dict):
         raise InputError(f"{args.resume}: its args are not a dict; not a checkpoint of this program")
     for name in architecture:
@@ -127,20 +131,27 @@ def parse(
             raise InputError(f"{flag} {explicit[name]}: {args.resume} was trained with {flag} {recorded[name]}")
     inherited = {name: value for name, value in recorded.items() if name in vars(args) and name not in PER_CALL}
     args = argparse.Namespace(**{**vars(args), **inherited, **explicit})
-    folder = run_folder(args)
-    if "expname" in explicit and not args.test and folder.name != args.expname:
+    if args.test:
+        return args, checkpoint
+    folder = run_folder(args, checkpoint)
+    if not recorded:
+        utils.check_vacant(folder, args.overwrite)
+    elif "expname" in explicit and folder.resolve().name != args.expname:
         raise InputError(f"--expname {args.expname}: a resumed run continues in its own folder, {folder}; leave it out")
     return args, checkpoint
 
 
-def run_folder(args: argparse.Namespace) -> Path:
-    """Where the run writes: beside the checkpoint it resumes, or --save/--expname."""
-    return Path(args.resume).parent if args.resume else Path(args.save or "runs") / args.expname
+def run_folder(args: argparse.Namespace, checkpoint: dict | None) -> Path:
+    """Where a training writes: in the run folder that it resumes, else in --save/--expname.
+
+    A checkpoint without args, such as the original's, is of no run folder of ours, and its folder is left alone.
+    """
+    return Path(args.resume).parent if recorded(checkpoint) else Path(args.save or "runs") / args.expname
 
 
-def recorded(checkpoint: dict | None, name: str) -> Any:
-    """What the checkpoint's args say of `name`; None without."""
-    return checkpoint["args"].get(name) if checkpoint else None
+def recorded(checkpoint: dict | None) -> dict[str, Any]:
+    """The args in a checkpoint of this program, {} without."""
+    return checkpoint.get("args", {}) if checkpoint else {}
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -199,7 +210,7 @@ def run_test(
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     print(describe(result, args.gate_mode, recipe.target_rates))
-    path = run_folder(args) / utils.TEST
+    path = Path(args.resume).parent / utils.TEST
     utils.write_json(path, {**utils.read_json(path), args.gate_mode: result})
     print(f"written to {path}")
 
@@ -215,15 +226,16 @@ def run_training(
     """Trains from the start, or from where the checkpoint stopped."""
     optimizer = make_optimizer(model, args, gate_layers)
     first, records, best = args.start_epoch, [], -1.0
-    folder = run_folder(args)
+    folder = run_folder(args, checkpoint)
     if checkpoint:
         first, best = restore(checkpoint, optimizer, args.resume)
+    if recorded(checkpoint):
         records = [record for record in utils.read_records(folder) if record["epoch"] < first]
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
         print(f"all {last} epochs are done already; ask for more with --epochs")
         return
-    if checkpoint:
+    if recorded(checkpoint):
         utils.write_records(folder, records)
     else:
         utils.new_run_folder(folder, args.overwrite)
@@ -266,9 +278,12 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, gate_layers: Sequ
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> tuple[int, float]:
     """Restores the optimizer's state. Returns the next epoch to run and the best accuracy so far."""
-    epoch, best = checkpoint.get("epoch"), checkpoint.get("best_prec1")
-    if not isinstance(epoch, int) or epoch < 1 or "optimizer" not in checkpoint:
-        raise InputError(f"{source} has no epoch or no optimizer to continue from: it can only be evaluated (--test)")
+    epoch, best = checkpoint.get("epoch"), checkpoint.get("best_prec1", -1)
+    if not isinstance(epoch, int) or epoch < 1:
+        raise InputError(f"{source} does not say which epoch comes next: it can only be evaluated, with --test")
+    if "optimizer" not in checkpoint:  # as in the original's files
+        print(f"{source} holds no optimizer state: the momentum starts at zero")
+        return epoch, float(best)
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -276,16 +291,15 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> 
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
-    return epoch, float(best) if best is not None else -1.0
+    return epoch, float(best)
 
 
 def describe_run(args: argparse.Namespace, data: Data, recipe: engine.Recipe) -> dict[str, Any]:
     """The args that go into args.json and every checkpoint: all flags, and what was derived from the data."""
     mean, std = data.normalisation
     derived = {"classes": data.val.classes, "mean": mean, "std": std}
-    derived |= {"milestones": list(recipe.milestones), "target_rates": list(recipe.target_rates)}
-    flags = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
-    return {**flags, **derived}
+    derived |= {"lr_milestones": list(recipe.milestones), "target_rates": list(recipe.target_rates)}
+    return {**vars(args), **derived}
 
 
 def environment(model: nn.Module) -> dict[str, Any]:

@@ -153,14 +153,14 @@ def train_epoch(
             bad = ~(stepped["loss_classify"] + stepped["loss_target"]).isfinite() & (first_bad < 0)
             first_bad = torch.where(bad, step, first_bad)
             bar.update()
-            every = recipe.print_freq if bar.disable else recipe.log_interval
-            if step % every == 0 or step == steps:
+            if step % (recipe.print_freq if bar.disable else recipe.log_interval) == 0:
                 check_finite(first_bad, epoch)
                 line = brief(averages(sums, seen, recipe.topk))
                 if bar.disable:
                     print(f"epoch {epoch}/{recipe.epochs} step {step}/{steps}  {line}", flush=True)
                 else:
                     bar.set_postfix_str(line)
+    check_finite(first_bad, epoch)
     return averages(sums, seen, recipe.topk)
 
 

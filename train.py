@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
+
 import cli
 import data
 from convnet_aig import BasicBlock, ResNet_cifar
 from engine import Recipe
-from utils import InputError
+from utils import InputError, derive_seed
 
 MILESTONES, EPOCHS = (150, 250), 350  # of the paper's schedule
 
@@ -56,10 +58,10 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     """The loaders for a test, or for training and validation; normalised as the checkpoint was."""
     device = cli.select(args)
     test = data.load_small_images(args.dataset, args.data, train=False)
-    if classes := cli.recorded(checkpoint, "classes"):
-        data.same_classes(classes, test.classes, f"--dataset {args.dataset}")
-    mean, std = cli.recorded(checkpoint, "mean"), cli.recorded(checkpoint, "std")
-    normalisation = (mean, std) if mean and std else None
+    trained_on = cli.recorded(checkpoint)
+    if "classes" in trained_on:
+        data.same_classes(trained_on["classes"], test.classes, f"--dataset {args.dataset}")
+    normalisation = (trained_on["mean"], trained_on["std"]) if "mean" in trained_on else None
     train = None
     if not args.test or normalisation is None:
         train = data.load_small_images(args.dataset, args.data, train=True)
@@ -88,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     loaded = load_data(args, checkpoint)
     if not args.test and loaded.train.num_images < 2:
         raise InputError("there are fewer than two training images")
+    torch.manual_seed(derive_seed(args.seed, "weights"))
     model = ResNet_cifar(BasicBlock, (blocks,) * 3, len(loaded.val.classes), target_rates)
     recipe = Recipe(
         target_rates=target_rates,

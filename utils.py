@@ -152,17 +152,22 @@ def write_records(folder: Path, records: list[dict]) -> None:
             file.write(json.dumps(strict(record), allow_nan=False).encode() + b"\n")
 
 
+def check_vacant(folder: Path, overwrite: bool) -> None:
+    """Raises InputError if `folder` already holds a checkpoint, unless it may be overwritten."""
+    if not overwrite and any((folder / name).exists() for name in (CHECKPOINT, BEST)):
+        raise InputError(
+            f"{folder} already holds a run: choose another --expname, go on with --resume {folder / CHECKPOINT}, "
+            "or replace it with --overwrite"
+        )
+
+
 def new_run_folder(folder: Path, overwrite: bool) -> None:
     """Makes `folder` ready for a new run; an earlier run there is deleted only if `overwrite`.
 
     Raises:
         InputError: if it already holds a checkpoint, or cannot be made.
     """
-    if (folder / CHECKPOINT).exists() and not overwrite:
-        raise InputError(
-            f"{folder} already holds a run: choose another --expname, go on with --resume {folder / CHECKPOINT}, "
-            "or replace it with --overwrite"
-        )
+    check_vacant(folder, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

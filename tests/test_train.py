@@ -1,0 +1,417 @@
+"""train.py as its users meet it: training, resuming, testing, and what it says to bad input."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+import utils
+from convnet_aig import BasicBlock, ResNet_cifar
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 128, "--target", 0.7, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run of six epochs."""
+    save = tmp_path_factory.mktemp("runs")
+    train.main([str(value) for value in [*TINY, "--epochs", 6, "--save", save, "--expname", "straight"]])
+    return save / "straight"
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of that run to write into."""
+    folder = tmp_path / "straight"
+    folder.mkdir()
+    for path in trained.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+def without_time(path):
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+
+
+def strict_json(text):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not strict JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_a_run_leaves_its_five_files(trained):
+    names = {path.name for path in trained.iterdir()}
+    assert names == {"checkpoint.pth.tar", "model_best.pth.tar", "args.json", "metrics.jsonl"}
+    args = json.loads((trained / "args.json").read_text())
+    assert args["depth"] == 8
+    assert args["classes"] == list("0123456789")
+    assert len(args["target_rates"]) == 3
+    assert args["versions"]["torch"] == torch.__version__
+    assert "git_commit" in args
+
+
+def test_metrics_hold_one_strict_record_per_epoch(trained):
+    records = [strict_json(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert [record["lr"] for record in records] == pytest.approx([0.1, 0.1, 0.01, 0.001, 0.001, 0.001])
+    for record in records:
+        common = {"loss", "loss_classify", "loss_target", "top1", "execution_rate"}
+        assert set(record["train"]) == common
+        assert set(record["val"]) == common | {"gates", "classes", "executed_blocks", "gates_by_class"}
+        val = record["val"]
+        assert sum(val["executed_blocks"]) == 360
+        assert len(val["gates_by_class"]) == 10
+        assert sum(val["gates"]) / 3 == pytest.approx(val["execution_rate"])
+    assert records[-1]["train"]["loss"] < records[0]["train"]["loss"]
+    assert records[-1]["val"]["top1"] > 50
+
+
+def test_the_seed_decides_everything(run, trained, tmp_path):
+    for seed, same in ((1, True), (2, False)):
+        command = [*TINY, "--epochs", 6, "--stop-after", 1, "--seed", seed, "--save", tmp_path, "--expname", seed]
+        assert run(train.main, *command)[0] == 0
+        first = without_time(tmp_path / str(seed) / "metrics.jsonl")[0]
+        assert (first == without_time(trained / "metrics.jsonl")[0]) == same
+
+
+def test_the_best_model_is_kept(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    tops = [record["val"]["top1"] for record in records]
+    best = utils.load_checkpoint(trained / "model_best.pth.tar")
+    assert best["best_prec1"] == max(tops)
+    assert best["epoch"] == tops.index(max(tops)) + 2  # the next epoch to run
+    assert not any(key.startswith("module.") for key in best["state_dict"])
+
+
+def test_resuming_gives_the_weights_of_the_straight_run_bit_for_bit(run, trained, tmp_path):
+    stopped = run(train.main, *TINY, "--epochs", 6, "--stop-after", 3, "--save", tmp_path, "--expname", "straight")
+    assert stopped[0] == 0
+    assert "stopped after epoch 3 of 6" in stopped[1]
+    with (tmp_path / "straight/metrics.jsonl").open("a") as file:  # an epoch that the checkpoint does not know
+        file.write('{"epoch": 4}\n{"epo')
+    assert run(train.main, "--resume", tmp_path / "straight/checkpoint.pth.tar", "--device", "cpu")[0] == 0
+    first, second = (torch.load(folder / "straight/checkpoint.pth.tar") for folder in (trained.parent, tmp_path))
+    assert set(first) == set(second)
+    for key, value in first["state_dict"].items():
+        assert torch.equal(value, second["state_dict"][key]), key
+    buffers = zip(first["optimizer"]["state"].values(), second["optimizer"]["state"].values(), strict=True)
+    assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in buffers)
+    assert without_time(trained / "metrics.jsonl") == without_time(tmp_path / "straight/metrics.jsonl")
+
+
+def test_flags_not_given_come_from_the_checkpoint_and_given_ones_win(run, copied):
+    checkpoint = copied / "checkpoint.pth.tar"
+    flags = ["--epochs", 7, "--lr", 0.5, "--momentum", 0.5, "--device", "cpu"]
+    assert run(train.main, "--resume", checkpoint, *flags)[0] == 0
+    state = torch.load(checkpoint)
+    assert state["epoch"] == 8
+    assert state["args"]["target"] == 0.7
+    assert state["args"]["batch_size"] == 128
+    groups = state["optimizer"]["param_groups"]
+    assert [group["momentum"] for group in groups] == [0.5, 0.5]
+    assert groups[0]["lr"] == pytest.approx(0.5 * 0.01)  # milestones of 7 epochs are 3 and 5
+
+
+def test_a_finished_run_says_so(run, copied, contents):
+    before = contents(copied)
+    status, out, _ = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu")
+    assert status == 0
+    assert "all 6 epochs are done" in out
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample", "expected", "all"])
+def test_test_prints_the_same_numbers_twice(run, copied, mode):
+    command = ["--test", "--resume", copied / "model_best.pth.tar", "--gate-mode", mode, "--device", "cpu"]
+    results = []
+    for _ in range(2):
+        status, out, err = run(train.main, *command)
+        assert (status, err) == (0, "")
+        results.append(strict_json((copied / "test.json").read_text())[mode])
+        assert f"gate mode {mode}" in out
+        assert f"{results[-1]['top1']:.2f} %" in out
+    for result in results:
+        assert result.pop("images_per_second") > 0
+    assert results[0] == results[1]
+    result = results[0]
+    assert result["images"] == 360
+    assert result["execution_rate"] == 1 or mode in ("argmax", "sample")
+    assert ("top1_std" in result) == (mode == "sample")
+    assert sum(result["executed_blocks"]) == pytest.approx(360)
+
+
+def test_a_test_replaces_its_own_mode_only_and_equals_the_validation_of_that_epoch(run, copied):
+    for mode in ("all", "argmax"):
+        run(train.main, "--test", "--resume", copied / "checkpoint.pth.tar", "--gate-mode", mode, "--device", "cpu")
+    results = json.loads((copied / "test.json").read_text())
+    assert set(results) == {"all", "argmax"}
+    validated = json.loads((copied / "metrics.jsonl").read_text().splitlines()[-1])["val"]
+    assert results["argmax"]["epoch"] == 6
+    for name in ("loss", "top1", "gates", "classes", "executed_blocks"):
+        assert results["argmax"][name] == validated[name]
+
+
+def test_samples_differ_from_seed_to_seed(run, copied):
+    rates = []
+    for seed in (1, 2):
+        command = ["--test", "--resume", copied / "checkpoint.pth.tar", "--gate-mode", "sample", "--gate-samples", 2]
+        assert run(train.main, *command, "--seed", seed, "--device", "cpu")[0] == 0
+        rates.append(json.loads((copied / "test.json").read_text())["sample"]["gates"])
+    assert rates[0] != rates[1]
+
+
+def test_an_existing_run_is_not_overwritten_unless_asked(run, copied, contents):
+    before = contents(copied)
+    again = [*TINY, "--epochs", 1, "--save", copied.parent, "--expname", "straight"]
+    status, _, err = run(train.main, *again)
+    assert status == 2
+    assert "--overwrite" in err
+    assert contents(copied) == before
+    assert run(train.main, *again, "--overwrite")[0] == 0
+    assert len((copied / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def original_file(path, **extra):
+    """A checkpoint as the original wrote it: `module.` keys, no counts of batches, the legacy format."""
+    torch.manual_seed(0)
+    model = ResNet_cifar(BasicBlock, (1, 1, 1))
+    state = {f"module.{k}": v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
+    content = {"epoch": 3, "state_dict": state, "best_prec1": 12.5, **extra}
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    return model
+
+
+def test_files_of_the_original_load(run, tmp_path, contents):
+    path = tmp_path / "original" / "model_best.pth.tar"
+    path.parent.mkdir()
+    original_file(path)
+    command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--resume", path]
+    assert run(train.main, *command, "--test")[0] == 0
+    before = contents(path.parent)
+    command += ["--save", tmp_path, "--expname", "continued", "--epochs", 3, "--target", 1]
+    status, out, _ = run(train.main, *command)  # at target 1 its gates are left out
+    assert status == 0
+    assert "no optimizer state" in out
+    assert contents(path.parent) == before
+    assert len(utils.read_records(tmp_path / "continued")) == 1
+
+
+def test_prefixes_are_taken_off_and_weights_restored_exactly(tmp_path):
+    model = original_file(tmp_path / "file")
+    restored = ResNet_cifar(BasicBlock, (1, 1, 1))
+    utils.load_weights(restored, utils.load_checkpoint(tmp_path / "file")["state_dict"], "file")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, restored.state_dict()[name])
+
+
+def test_val_size_holds_out_training_images(run, tmp_path):
+    command = [*TINY, "--epochs", 1, "--val-size", 100, "--save", tmp_path, "--expname", "held-out"]
+    status, out, _ = run(train.main, *command)
+    assert status == 0
+    assert "1,337 training and 100 validation images" in out
+    assert "test set" not in out
+    folder = tmp_path / "held-out"
+    assert run(train.main, "--test", "--resume", folder / "model_best.pth.tar", "--device", "cpu")[0] == 0
+    assert json.loads((folder / "test.json").read_text())["argmax"]["images"] == 360
+
+
+def test_a_last_batch_of_one_image_is_announced_once(run, tmp_path):
+    command = ["--dataset", "digits", "--depth", 8, "--batch-size", 359, "--epochs", 2]  # 1,437 = 4 x 359 + 1
+    status, out, _ = run(train.main, *command, "--device", "cpu", "--save", tmp_path, "--expname", "odd")
+    assert status == 0
+    assert out.count("would be one image") == 1
+
+
+def test_gate_learning_rate_factor_applies_to_fc2_alone(run, tmp_path):
+    command = [*TINY, "--epochs", 1, "--lrfact", 0, "--weight-decay", 0, "--seed", 3]
+    assert run(train.main, *command, "--save", tmp_path, "--expname", "frozen")[0] == 0
+    state = torch.load(tmp_path / "frozen/checkpoint.pth.tar")["state_dict"]
+    for block in ("layer1.0", "layer2.0", "layer3.0"):
+        assert state[f"{block}.fc2.bias"].tolist() == pytest.approx([0.1, 2.0])
+    assert state["layer1.0.fc1.bias"].abs().sum() > 0
+
+
+def make_images(root, classes=("ant", "bee"), splits=("train", "test"), count=3):
+    for split in splits:
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (40 * i, 20, 200)).save(root / split / name / f"{i}.png")
+    return root
+
+
+def test_class_folders_train_and_keep_their_normalisation(run, tmp_path):
+    make_images(tmp_path / "images")
+    command = ["--dataset", "folder", "--data", tmp_path / "images", "--depth", 8, "--epochs", 1, "--batch-size", 4]
+    assert run(train.main, *command, "--device", "cpu", "--save", tmp_path, "--expname", "folder")[0] == 0
+    for path in (tmp_path / "images/train").rglob("*.png"):
+        path.unlink()  # a test needs no training images
+    status, _, err = run(train.main, "--test", "--resume", tmp_path / "folder/checkpoint.pth.tar", "--device", "cpu")
+    assert (status, err) == (0, "")
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+BAD_ARGUMENTS = {
+    "unknown data set": ["--dataset", "mnist"],
+    "unknown flag": ["--nonsense", "1"],
+    "depth 21": ["--depth", "21"],
+    "depth 2": ["--depth", "2"],
+    "target 1.5": ["--target", "1.5"],
+    "target nan": ["--target", "nan"],
+    "negative lr": ["--lr", "-0.1"],
+    "zero lr": ["--lr", "0"],
+    "infinite lr": ["--lr", "inf"],
+    "epochs 0": ["--epochs", "0"],
+    "epochs 1.5": ["--epochs", "1.5"],
+    "batch of one": ["--batch-size", "1"],
+    "momentum 2": ["--momentum", "2"],
+    "negative weight decay": ["--wd", "-1"],
+    "negative lossfact": ["--lossfact", "-1"],
+    "negative seed": ["--seed", "-1"],
+    "milestone 0": ["--milestones", "0"],
+    "too many held out": ["--val-size", "1436"],
+    "no name": ["--expname", ""],
+    "a path as name": ["--expname", "../up"],
+    "unknown gate mode": ["--gate-mode", "hard"],
+    "unknown device": ["--device", "tpu"],
+    "print-freq 0": ["--print-freq", "0"],
+    "test without resume": ["--test"],
+    "two devices": ["--no-cuda", "--device", "cuda"],
+    "missing checkpoint": ["--resume", "missing.pth.tar"],
+    "missing folder": ["--dataset", "folder", "--data", "missing"],
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_bad_arguments_get_one_line_and_leave_no_trace(run, tmp_path, monkeypatch, contents, name):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(train.main, "--dataset", "digits", "--depth", 8, "--epochs", 1, *BAD_ARGUMENTS[name])
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith("script: error: ")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_an_absent_gpu_is_an_error(run, tmp_path):
+    status, _, err = run(train.main, *TINY, "--device", "cuda", "--save", tmp_path)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--device auto" in err
+
+
+def test_the_shell_sees_one_line_and_status_2(tmp_path):
+    command = [sys.executable, ROOT / "train.py", "--depth", "21"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    message = "argument --depth: 21 must be 6 n + 2, such as 20, 32, 44, 56 or 110 (see --help)"
+    assert done.stderr == f"train.py: error: {message}\n"
+
+
+def test_help_lists_every_flag_of_the_original(capsys):
+    with pytest.raises(SystemExit) as end:
+        train.main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    flags = "expname lrfact lossfact target batch-size epochs start_epoch lr learning-rate momentum weight-decay wd"
+    flags += " seed log-interval resume test visdom print-freq"
+    assert all(f"--{flag}" in out for flag in flags.split())
+
+
+def test_defaults_are_the_originals():
+    args = vars(train.make_parser().parse_args([]))
+    expected = {"expname": "give_me_a_name_cifar", "epochs": 350, "batch_size": 256, "start_epoch": 1, "seed": 1}
+    expected |= {"lr": 0.1, "lrfact": 1, "momentum": 0.9, "weight_decay": 5e-4, "target": 0.6, "lossfact": 2}
+    expected |= {"resume": "", "test": False, "visdom": False, "log_interval": 20, "print_freq": 25}
+    assert {name: args[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("damage", ["empty class", "no class", "unreadable image", "other classes", "no test split"])
+def test_a_bad_image_folder_gets_one_line(run, tmp_path, contents, damage):
+    images = make_images(tmp_path / "images")
+    if damage == "empty class":
+        (images / "train/cat").mkdir()
+    elif damage == "no class":
+        (images / "train").rename(tmp_path / "elsewhere")
+        (images / "train").mkdir()
+    elif damage == "unreadable image":
+        (images / "train/bee/1.png").write_bytes(b"\x89PNG nothing more")
+    elif damage == "other classes":
+        (images / "test/bee").rename(images / "test/wasp")
+    else:
+        (images / "test").rename(images / "holdout")
+    before = contents(tmp_path)
+    command = ["--dataset", "folder", "--data", images, "--depth", 8, "--epochs", 1, "--save", tmp_path / "runs"]
+    status, _, err = run(train.main, *command, "--device", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert {"unreadable image": "1.png", "empty class": "cat", "other classes": "wasp"}.get(damage, "images") in err
+    assert contents(tmp_path) == before
+
+
+def test_cifar_that_cannot_be_had_says_where_the_archive_goes(run, tmp_path, monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
+    status, _, err = run(train.main, "--data", tmp_path / "data", "--save", tmp_path / "runs")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "cifar-10-python.tar.gz" in err
+    assert str(tmp_path / "data") in err
+    assert "--dataset digits" in err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "tensor", "list", "other network", "code", "shapes"])
+def test_a_bad_checkpoint_gets_one_line_and_stays_as_it_is(run, copied, contents, damage, tmp_path):
+    path = copied / "checkpoint.pth.tar"
+    whole = path.read_bytes()
+    if damage == "truncated":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "text":
+        path.write_text("hello")
+    elif damage == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif damage == "list":
+        torch.save({"state_dict": [1, 2]}, path)
+    elif damage == "other network":
+        torch.save({"state_dict": {"fc.weight": torch.zeros(3)}, "epoch": 1}, path)
+    elif damage == "code":
+        torch.save({"state_dict": {}, "code": Path(tmp_path)}, path)
+    else:
+        checkpoint = torch.load(path)
+        checkpoint["state_dict"]["linear.weight"] = torch.zeros(10, 65)
+        torch.save(checkpoint, path)
+    before = contents(copied)
+    for flags in (["--test"], ["--epochs", 9]):
+        command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--resume", path, "--save", tmp_path]
+        status, _, err = run(train.main, *command, *flags)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert "checkpoint.pth.tar" in err
+    assert contents(copied) == before
+
+
+def test_a_checkpoint_of_another_depth_or_data_is_refused(run, copied, contents):
+    before = contents(copied)
+    for flags, message in ((["--depth", 14], "--depth 8"), (["--expname", "other"], "its own folder")):
+        status, _, err = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu", *flags)
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert message in err
+    assert contents(copied) == before
+
+
+def test_a_checkpoint_of_other_classes_is_refused(run, copied, tmp_path):
+    images = make_images(tmp_path / "images")
+    command = ["--test", "--resume", copied / "checkpoint.pth.tar", "--dataset", "folder", "--data", images]
+    status, _, err = run(train.main, *command, "--device", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "classes" in err
