@@ -28,7 +28,7 @@ from utils import InputError, TrainingError
 # flags of one call, never taken over from a checkpoint
 PER_CALL = (
     *("expname", "save", "overwrite", "visdom", "device", "no_cuda"),
-    *("resume", "test", "start_epoch", "stop_after"),
+    *("resume", "test", "start_epoch", "stop_after", "pretrained"),
 )
 
 
@@ -115,7 +115,7 @@ def parse(
     args = parser.parse_args(argv)
     unset = object()
     explicit = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    explicit = {name: value for name, value in explicit.items() if value is not unset}
+    explicit = {name: value for name, value in explicit.items() if value is not unset and value is not None}
     if args.test and not args.resume:
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if not args.resume:
@@ -224,6 +224,10 @@ def run_training(
     gate_layers: Sequence[str],
 ) -> None:
     """Trains from the start, or from where the checkpoint stopped."""
+    if data.train.num_images < 2:
+        raise InputError("there are fewer than two training images: BatchNorm of the gates needs two")
+    if data.train.dropped:
+        print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     optimizer = make_optimizer(model, args, gate_layers)
     first, records, best = args.start_epoch, [], -1.0
     folder = run_folder(args, checkpoint)
@@ -259,7 +263,7 @@ def run_training(
         records=records,
         best=best,
         args=kept,
-        dashboard=dashboard.connect(folder.name, kept["target_rates"]) if args.visdom else dashboard.Silent(),
+        dashboard=dashboard.connect(folder.name, recipe.target_rates) if args.visdom else dashboard.Silent(),
     )
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
@@ -298,7 +302,7 @@ def describe_run(args: argparse.Namespace, data: Data, recipe: engine.Recipe) ->
     """The args that go into args.json and every checkpoint: all flags, and what was derived from the data."""
     mean, std = data.normalisation
     derived = {"classes": data.val.classes, "mean": mean, "std": std}
-    derived |= {"lr_milestones": list(recipe.milestones), "target_rates": list(recipe.target_rates)}
+    derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
     return {**vars(args), **derived}
 
 

@@ -24,6 +24,11 @@ from gumbelmodule import gumbel_noise, gumbel_softmax
 GATE_MODES = ("argmax", "sample", "expected", "all")
 RUNS_EVERYTHING = ("expected", "all")  # the modes that execute every branch
 GATE_WIDTH = 16  # hidden units of a gate
+LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # blocks by stage
+PAPER_RATES = {  # section 4.2: early, last and downsampling blocks always run
+    "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",
+    "resnet101": ",".join(["1"] * 8 + ["t"] * 25),
+}
 
 
 def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
@@ -286,17 +291,43 @@ def ResNet110_cifar(nclass: int = 10, target_rates: Sequence[float] | None = Non
 
 def ResNet50_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-50, 16 blocks, 25,768,264 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, (3, 4, 6, 3), num_classes, target_rates)
+    return ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], num_classes, target_rates)
 
 
 def ResNet101_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-101, 33 blocks, 45,040,314 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, (3, 4, 23, 3), num_classes, target_rates)
+    return ResNet_ImageNet(Bottleneck, LAYERS["resnet101"], num_classes, target_rates)
 
 
 def ResNet152_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-152, 50 blocks, 60,931,116 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, (3, 8, 36, 3), num_classes, target_rates)
+    return ResNet_ImageNet(Bottleneck, LAYERS["resnet152"], num_classes, target_rates)
+
+
+def target_rates_of(schedule: str, arch: str, target: float) -> list[float]:
+    """The target rate of each block of an ImageNet net, first to last.
+
+    Args:
+        schedule: "uniform" (every block at target), "paper" (the paper's own, which it gives for ResNet-50 and
+            ResNet-101), or one rate per block, comma-separated, where `t` stands for the target.
+        arch: a key of LAYERS.
+        target: t.
+
+    Raises:
+        ValueError: if the schedule is unknown, has another length, or leaves [0, 1].
+    """
+    num_blocks = sum(LAYERS[arch])
+    if schedule == "uniform":
+        return [target] * num_blocks
+    if schedule == "paper":
+        if arch not in PAPER_RATES:
+            raise ValueError(f"the paper gives no target rates for {arch}: use uniform, or a list of {num_blocks}")
+        schedule = PAPER_RATES[arch]
+    try:
+        rates = [target if rate.strip() == "t" else float(rate) for rate in schedule.split(",")]
+    except ValueError:
+        raise ValueError(f"target rates {schedule!r}: use uniform, paper, or numbers and t, with commas") from None
+    return check_target_rates(rates, num_blocks)
 
 
 def check_target_rates(rates: Sequence[float], num_blocks: int) -> list[float]:

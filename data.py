@@ -7,7 +7,7 @@ distribution of torchvision's transforms. Everything random is a function of (se
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from utils import InputError, derive_seed, get_mean_and_std
 
 SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
 SMALL_SIZE = 32
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CIFAR = {  # class, archive, normalisation
     # the original's constants: its std is the mean of the images' own stds, smaller than that of all pixels
     "cifar10": (datasets.CIFAR10, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
@@ -238,3 +241,122 @@ class SmallImageLoader:
     def normalise(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in channels-last layout, zero mean and unit variance."""
         return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def photo_transform(size: int, train: bool) -> Callable[[Image.Image], Tensor]:
+    """The transform of an RGB image to (3, size, size) uint8: the usual ones of ImageNet, for 224 and in proportion."""
+    if train:
+        crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    else:
+        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+    return v2.Compose([*crop, v2.PILToTensor()])
+
+
+class SeededImages(Dataset):
+    """Images under the keys (seed, index): the random transform is a function of the key, in whatever process."""
+
+    def __init__(self, folder: datasets.ImageFolder, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.folder, self.transform = folder, transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InputError:
+        """The transformed image and its label; an error as a value, because workers mangle what they raise."""
+        seed, index = key
+        path, label = self.folder.samples[index]
+        try:
+            image = read_image(path)
+        except InputError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self.transform(image), label
+
+
+class Batches:
+    """A batch sampler that yields lists of (seed, index) keys, in a random order for training."""
+
+    def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool) -> None:
+        self.dropped = int(shuffle and count % batch_size == 1)
+        self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
+        self.epoch = self.start = 0
+
+    def __len__(self) -> int:
+        return -(-(self.count - self.dropped) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = range(self.count)
+        if self.shuffle:
+            random = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", self.epoch))
+            order = torch.randperm(self.count, generator=random).tolist()
+        order = order[: self.count - self.dropped]
+        for first in range(self.start * self.batch_size, len(order), self.batch_size):
+            chosen = order[first : first + self.batch_size]
+            yield [(derive_seed(self.seed, "augment", self.epoch, index), index) for index in chosen]
+
+
+def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
+    """Stacks images (N, 3, H, W) uint8 and labels (N,), or hands on the first error."""
+    for item in items:
+        if isinstance(item, InputError):
+            return item
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+class PhotoLoader:
+    """Batches of normalised photographs from a folder with one folder per class, decoded by worker processes.
+
+    Args:
+        folder: of class folders.
+        batch_size, seed: as for `SmallImageLoader`; `augment` tells training from evaluation.
+        size: height and width of the images, in pixels.
+        workers: number of processes; 0 decodes in this one.
+        device: where the batches go.
+
+    Raises:
+        InputError: if there is no class, or a class without images; from `batches`, if a file cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        batch_size: int,
+        *,
+        augment: bool,
+        size: int = 224,
+        seed: int = 0,
+        workers: int = 4,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        source = open_image_folder(folder)
+        self.classes, self.device = source.classes, torch.device(device)
+        self.sampler = Batches(len(source), batch_size, seed, shuffle=augment)
+        self.dropped = self.sampler.dropped
+        self.num_images = len(source) - self.dropped
+        options = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+        self.loader = DataLoader(
+            SeededImages(source, photo_transform(size, augment)),
+            batch_sampler=self.sampler,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else starting an epoch would draw from the generator of the gates' noise
+            **options,
+        )
+        mean, std = (255 * torch.tensor(values, device=device).view(3, 1, 1) for values in IMAGENET_STATISTICS)
+        self.scale, self.shift = 1 / std, -mean / std
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on."""
+        self.sampler.epoch, self.sampler.start = epoch, start
+        for batch in self.loader:
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            images = images.to(torch.float32, memory_format=torch.channels_last)
+            yield torch.addcmul(self.shift, images, self.scale), labels

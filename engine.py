@@ -26,10 +26,11 @@ MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kep
 
 
 class Loader(Protocol):
-    """What `data` offers: `num_images` images of `classes`, in `len` batches."""
+    """What `data` offers: `num_images` images of `classes`, in `len` batches; `dropped` images are left out."""
 
     classes: list[str]
     num_images: int
+    dropped: int
 
     def __len__(self) -> int: ...
 

@@ -17,7 +17,7 @@ import cli
 import data
 from convnet_aig import BasicBlock, ResNet_cifar
 from engine import Recipe
-from utils import InputError, derive_seed
+from utils import derive_seed
 
 MILESTONES, EPOCHS = (150, 250), 350  # of the paper's schedule
 
@@ -77,8 +77,6 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     loader = data.SmallImageLoader(
         train, args.batch_size, normalisation, augment=augment, seed=args.seed, device=device
     )
-    if loader.dropped:
-        print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     val = data.SmallImageLoader(held_out if args.val_size else test, args.batch_size, normalisation, device=device)
     return cli.Data(loader, val, normalisation)
 
@@ -88,8 +86,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     blocks = (args.depth - 2) // 6
     target_rates = [args.target] * (3 * blocks)
     loaded = load_data(args, checkpoint)
-    if not args.test and loaded.train.num_images < 2:
-        raise InputError("there are fewer than two training images")
     torch.manual_seed(derive_seed(args.seed, "weights"))
     model = ResNet_cifar(BasicBlock, (blocks,) * 3, len(loaded.val.classes), target_rates)
     recipe = Recipe(

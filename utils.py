@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+import torchvision
 from torch import Tensor, nn
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
@@ -58,9 +59,9 @@ def device_name(device: torch.device) -> str:
 
 
 def topk_correct(logits: Tensor, labels: Tensor, ks: Iterable[int]) -> list[Tensor]:
-    """For each k, the number of images whose label is among the k highest of logits (N, K): 0-d tensors."""
+    """For each k, the number of images whose label is among the min(k, K) highest of logits (N, K): 0-d tensors."""
     ks = list(ks)
-    predicted = logits.topk(max(ks), dim=1).indices  # (N, max k)
+    predicted = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices  # (N, max k)
     hits = predicted == labels[:, None]
     return [hits[:, :k].sum() for k in ks]
 
@@ -207,21 +208,71 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         InputError: if the file is missing, damaged, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
+    checkpoint = load_safely(path)
+    if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
+        raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
+    checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
+    return checkpoint
+
+
+def load_safely(path: str | Path) -> Any:
+    """What `torch.save` wrote into a file, on the CPU, without running code from it. Raises InputError."""
+    if not Path(path).is_file():
         raise InputError(f"no checkpoint at {path}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
-    checkpoint["state_dict"] = {
-        key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()
-    }
-    return checkpoint
+
+
+def is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state_dict without the `module.` of DataParallel and the `_orig_mod.` of torch.compile in its keys."""
+    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()}
+
+
+def load_pretrained(model: nn.Module, source: str, arch: str) -> str:
+    """Starts the backbone from a plain ResNet; gates, and a head for another number of classes, stay fresh.
+
+    Args:
+        source: a file as torchvision saves it (or with a `state_dict` inside), or "torchvision" for its official
+            IMAGENET1K_V1 weights.
+        arch: torchvision's name of the net, such as "resnet50".
+
+    Returns:
+        A line that says what was loaded and what stayed fresh.
+
+    Raises:
+        InputError: if the weights cannot be had, or keys are missing, left over or of another shape.
+    """
+    if source == "torchvision":
+        try:
+            state = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"--pretrained torchvision: cannot download the weights ({error})") from error
+    else:
+        state = load_safely(source)
+        state = state.get("state_dict", state) if isinstance(state, dict) else state
+        if not is_state_dict(state):
+            raise InputError(f"{source} holds no state_dict of tensors: not a torchvision ResNet")
+    names = {"fc.weight": "linear.weight", "fc.bias": "linear.bias"}
+    state = {names.get(key, key.replace(".downsample.", ".shortcut.")): v for key, v in without_prefixes(state).items()}
+    own = model.state_dict()
+    gates = [key for key in own if key.split(".")[-2] in ("fc1", "fc1bn", "fc2")]
+    if any(key in state for key in gates):
+        raise InputError(f"{source} is not a plain ResNet, it has gates: continue it with --resume")
+    fresh = {key: own[key] for key in gates}
+    head = ""
+    if "linear.weight" in state and state["linear.weight"].shape != own["linear.weight"].shape:
+        fresh |= {key: own[key] for key in names.values()}
+        head = f" and the head (it has {len(state['linear.weight'])} classes)"
+    load_weights(model, {**state, **fresh}, source)
+    loaded = len(state.keys() - fresh.keys())
+    return f"{source}: {loaded} tensors loaded; fresh: the {len(gates)} tensors of the gates{head}"
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

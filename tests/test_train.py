@@ -52,7 +52,7 @@ def test_a_run_leaves_its_five_files(trained):
     args = json.loads((trained / "args.json").read_text())
     assert args["depth"] == 8
     assert args["classes"] == list("0123456789")
-    assert len(args["target_rates"]) == 3
+    assert len(args["block_rates"]) == 3
     assert args["versions"]["torch"] == torch.__version__
     assert "git_commit" in args
 

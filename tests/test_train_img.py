@@ -1,0 +1,249 @@
+"""train_img.py: the paper's schedules, pretrained weights, and 1,000 classes of images of every kind."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import convnet_aig
+import data
+import train_img
+import utils
+from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
+
+CONSTRUCTORS = {arch: getattr(convnet_aig, f"ResNet{arch.removeprefix('resnet')}_ImageNet") for arch in LAYERS}
+
+
+# ---------------------------------------------------------------------------------------------- target rates
+
+
+def test_the_schedules_are_the_papers():
+    t = 0.4
+    assert target_rates_of("paper", "resnet50", t) == [1, 1, 0.8, 1, t, t, t, 1, t, t, t, t, t, 1, 0.7, 1]
+    assert target_rates_of("paper", "resnet101", t) == [1] * 8 + [t] * 25
+    assert target_rates_of("uniform", "resnet152", t) == [t] * 50
+    assert target_rates_of("1, t,0.5" + ",1" * 13, "resnet50", t) == [1, t, 0.5] + [1] * 13
+
+
+@pytest.mark.parametrize("arch", LAYERS)
+@pytest.mark.parametrize("schedule", ["uniform", "paper"])
+def test_parameters_are_the_plain_resnet_and_the_gates_of_gated_blocks(arch, schedule):
+    if (arch, schedule) == ("resnet152", "paper"):
+        with pytest.raises(ValueError, match="no target rates for resnet152"):
+            target_rates_of(schedule, arch, 0.5)
+        return
+    rates = target_rates_of(schedule, arch, 0.5)
+    with torch.device("meta"):
+        model = CONSTRUCTORS[arch](target_rates=rates)
+        plain = getattr(torchvision.models, arch)()
+    gated = [block for block, rate in zip(model.blocks(), rates, strict=True) if rate < 1]
+    gates = sum(16 * block.conv1.in_channels + 16 + 2 * 16 + 2 * 16 + 2 for block in gated)
+    count = sum(p.numel() for p in model.parameters())
+    assert count == sum(p.numel() for p in plain.parameters()) + gates
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ("0.5,0.5", "2 target rates for 16 blocks"),
+        (",".join(["1.5"] * 16), "must lie in [0, 1]"),
+        ("steep", "uniform, paper, or numbers"),
+        ("paper", "no target rates for resnet152"),
+    ],
+)
+def test_bad_target_rates_get_one_line(run, tmp_path, rates, message):
+    arch = "resnet152" if rates == "paper" else "resnet50"
+    status, _, err = run(train_img.main, tmp_path, "--target-rates", rates, "--arch", arch, "--save", tmp_path / "runs")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert message in err
+
+
+def test_defaults_are_the_originals():
+    args = vars(train_img.make_parser().parse_args(["folder"]))
+    expected = {"expname": "give_me_a_name", "epochs": 100, "batch_size": 256, "start_epoch": 1, "seed": 1}
+    expected |= {"lr": 0.1, "lrfact": 1, "lrdecay": 30, "momentum": 0.9, "weight_decay": 1e-4, "target": 0.7}
+    expected |= {"lossfact": 1, "no_cuda": False, "resume": "", "pretrained": "", "save": "", "test": False}
+    expected |= {"visdom": False, "log_interval": 20, "print_freq": 50}
+    assert {name: args[name] for name in expected} == expected
+
+
+# ---------------------------------------------------------------------------------------------- pretrained weights
+
+
+@pytest.mark.parametrize("arch", LAYERS)
+def test_pretrained_weights_give_torchvisions_logits(tmp_path, arch):
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, arch)(num_classes=20).eval()
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # running statistics that are not 0 and 1
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.8, 1.2)
+    torch.save({"state_dict": theirs.state_dict()} if arch == "resnet101" else theirs.state_dict(), tmp_path / "file")
+    ours = CONSTRUCTORS[arch](num_classes=20).eval()
+    report = utils.load_pretrained(ours, str(tmp_path / "file"), arch)
+    assert f"{len(theirs.state_dict())} tensors loaded" in report
+    ours.gate_mode = "all"
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.double()(x)[0], theirs.double()(x), rtol=1e-9, atol=0)
+
+
+def test_gates_and_a_head_of_other_classes_stay_fresh(tmp_path):
+    theirs = torchvision.models.resnet50(num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "file")
+    model = ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], 2)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    report = utils.load_pretrained(model, str(tmp_path / "file"), "resnet50")
+    assert "the head (it has 3 classes)" in report
+    after = model.state_dict()
+    assert torch.equal(after["layer1.0.fc1.weight"], before["layer1.0.fc1.weight"])
+    assert torch.equal(after["linear.weight"], before["linear.weight"])
+    assert torch.equal(after["layer4.0.shortcut.0.weight"], theirs.state_dict()["layer4.0.downsample.0.weight"])
+
+
+@pytest.mark.parametrize("damage", ["left over", "missing", "gates", "not a dict", "no file"])
+def test_pretrained_files_that_do_not_fit_are_an_error(tmp_path, damage):
+    model = ResNet_ImageNet(Bottleneck, (1, 1, 1, 1), 2)
+    plain = ResNet_ImageNet(Bottleneck, (1, 1, 1, 1), 2, target_rates=[1] * 4).state_dict()
+    if damage == "left over":
+        plain["layer9.weight"] = torch.zeros(1)
+    elif damage == "missing":
+        del plain["conv1.weight"]
+    elif damage == "gates":
+        plain = model.state_dict()
+    if damage != "no file":
+        torch.save([1] if damage == "not a dict" else plain, tmp_path / "file")
+    with pytest.raises(utils.InputError, match="file"):
+        utils.load_pretrained(model, str(tmp_path / "file"), "resnet50")
+
+
+def test_official_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.__class__, "get_state_dict", offline)
+    with pytest.raises(utils.InputError, match="cannot download"):
+        utils.load_pretrained(ResNet_ImageNet(Bottleneck, (1, 1, 1, 1)), "torchvision", "resnet50")
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def photo(path, size=(48, 40), mode="RGB", seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Three classes of four images, in every mode that occurs in ImageNet."""
+    modes = (("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"))
+    for split in ("train", "val"):
+        for k in range(3):
+            for i, (mode, suffix) in enumerate(modes):
+                photo(tmp_path / f"photos/{split}/class{k}/{i}.{suffix}", mode=mode, seed=4 * k + i)
+    return tmp_path / "photos"
+
+
+TINY = ["--image-size", 32, "--epochs", 2, "--batch-size", 6, "--target-rates", "paper", "--lr", 0.01]
+TINY += ["--device", "cpu"]
+
+
+def test_a_run_on_photographs_of_every_mode_resumes_and_tests(run, photos, tmp_path):
+    command = [photos, *TINY, "--workers", 0, "--save", tmp_path, "--warmup", 1, "--accumulate", 2]
+    for name in ("straight", "resumed"):
+        stop = ["--stop-after", 1] if name == "resumed" else []
+        assert run(train_img.main, *command, "--expname", name, *stop)[0] == 0
+    checkpoint = tmp_path / "resumed/checkpoint.pth.tar"
+    assert run(train_img.main, "--resume", checkpoint, "--device", "cpu")[0] == 0
+    states = [torch.load(tmp_path / name / "checkpoint.pth.tar")["state_dict"] for name in ("straight", "resumed")]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    status, _, err = run(train_img.main, "--test", "--resume", tmp_path / "straight/model_best.pth.tar")
+    assert (status, err) == (0, "")
+    result = json.loads((tmp_path / "straight/test.json").read_text())["argmax"]
+    assert result["top5"] == 100
+    assert list(result["classes"]) == ["class0", "class1", "class2"]
+    fixed = [b for b, rate in enumerate(target_rates_of("paper", "resnet50", 0.7)) if rate == 1]
+    assert [result["gates"][b] for b in fixed] == [1.0] * len(fixed)
+
+
+def test_every_gate_parameter_gets_the_gate_learning_rate(run, photos, tmp_path):
+    command = [photos, *TINY, "--epochs", 1, "--workers", 0, "--lrfact", 0, "--wd", 0, "--seed", 5]
+    assert run(train_img.main, *command, "--save", tmp_path, "--expname", "frozen")[0] == 0
+    trained = torch.load(tmp_path / "frozen/checkpoint.pth.tar")["state_dict"]
+    assert torch.equal(trained["layer1.2.fc1bn.weight"], torch.ones(16))
+    assert trained["layer1.2.fc2.bias"].tolist() == pytest.approx([0.1, 2.0])
+    assert not torch.equal(trained["layer1.2.bn1.weight"], torch.ones(64))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_is_a_function_of_seed_epoch_and_index(photos, workers):
+    def images(epoch, start=0, workers=workers):
+        loader = data.PhotoLoader(photos / "train", 5, augment=True, size=32, seed=1, workers=workers)
+        return [x for x, _ in loader.batches(epoch, start)]
+
+    first = images(1)
+    assert [len(x) for x in first] == [5, 5, 2]
+    assert all(torch.equal(a, b) for a, b in zip(first, images(1, workers=0), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first[1:], images(1, start=1), strict=True))
+    assert not torch.equal(first[0], images(2)[0])
+
+
+def test_loading_leaves_the_noise_of_the_gates_alone(photos):
+    loader = data.PhotoLoader(photos / "train", 4, augment=True, size=32, workers=0)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    next(loader.batches(1))
+    assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("damage", ["corrupt", "truncated"])
+def test_a_file_that_cannot_be_decoded_ends_the_run_with_its_path(run, photos, tmp_path, workers, damage):
+    path = photos / "val/class1/0.jpg"
+    whole = path.read_bytes()
+    path.write_bytes(b"no image" if damage == "corrupt" else whole[: len(whole) // 2])
+    command = [photos, *TINY, "--workers", workers, "--save", tmp_path, "--expname", "broken"]
+    status, _, err = run(train_img.main, *command)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "val/class1/0.jpg" in err
+
+
+@pytest.mark.parametrize("damage", ["classes differ", "class without images", "no val", "no folder", "no argument"])
+def test_a_folder_that_does_not_fit_is_an_error_before_the_first_step(run, photos, tmp_path, damage):
+    if damage == "classes differ":
+        (photos / "val/class2").rename(photos / "val/class9")
+    elif damage == "class without images":
+        (photos / "train/class9").mkdir()
+        photo(photos / "val/class9/0.jpg")
+    elif damage == "no val":
+        (photos / "val").rename(photos / "validation")
+    where = {"no folder": [tmp_path / "missing"], "no argument": []}.get(damage, [photos])
+    status, _, err = run(train_img.main, *where, *TINY, "--workers", 0, "--save", tmp_path / "runs")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_thousand_classes_from_training_to_test(run, tmp_path):
+    for k in range(1000):
+        photo(tmp_path / f"photos/val/n{k:04}/0.png", size=(32, 32), seed=k)
+        (tmp_path / f"photos/train/n{k:04}").mkdir(parents=True)
+        (tmp_path / f"photos/train/n{k:04}/0.png").hardlink_to(tmp_path / f"photos/val/n{k:04}/0.png")
+    command = [tmp_path / "photos", *TINY, "--epochs", 1, "--batch-size", 100, "--workers", 0]
+    assert run(train_img.main, *command, "--save", tmp_path, "--expname", "wide")[0] == 0
+    folder = tmp_path / "wide"
+    record = json.loads((folder / "metrics.jsonl").read_text())
+    assert "gates_by_class" not in record["val"]
+    assert len(record["val"]["classes"]) == 1000
+    matrix = np.load(folder / "gates_by_class.npy")
+    assert matrix.shape == (1000, 16)
+    np.testing.assert_allclose(matrix.mean(0), record["val"]["gates"], atol=1e-4)
+    status, out, _ = run(train_img.main, "--test", "--resume", folder / "checkpoint.pth.tar", "--gate-mode", "all")
+    assert status == 0
+    assert "(20 of 1000)" in out
+    assert json.loads((folder / "test.json").read_text())["all"]["images"] == 1000

@@ -1,0 +1,93 @@
+"""Trains and evaluates ConvNet-AIG-50/101/152 on ImageNet, or on any folder laid out like it.
+
+    python train_img.py --expname NAME IMAGENET_FOLDER
+    python train_img.py --test --resume runs/NAME/model_best.pth.tar
+
+This script holds values only; the loops are in `engine`, the shared command line in `cli`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import cli
+import data
+from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
+from engine import Recipe
+from utils import InputError, derive_seed, load_pretrained
+
+
+def make_parser() -> cli.Parser:
+    parser = cli.make_parser(
+        __doc__.split("\n")[0],
+        expname="give_me_a_name",
+        epochs=100,
+        weight_decay=1e-4,
+        target=0.7,
+        lossfact=1,
+        print_freq=50,
+    )
+    natural = cli.number(int, 0)
+    parser.add_argument("data", nargs="?", metavar="DIR", help="holds train/ and val/, a folder per class in each")
+    parser.add_argument("--arch", default="resnet50", choices=LAYERS)
+    parser.add_argument("--target-rates", default="uniform", metavar="uniform|paper|R1,R2,...",
+                        help="target rate of each block; in a list, t stands for --target; blocks at 1 have no gate")
+    parser.add_argument("--pretrained", default="", metavar="FILE",
+                        help="start from a plain ResNet as torchvision saves it, or from its own weights: torchvision")
+    parser.add_argument("--image-size", type=cli.number(int, 32), default=224, metavar="PIXELS")
+    parser.add_argument("--workers", type=natural, default=4, help="processes that decode images")
+    parser.add_argument("--lrdecay", type=cli.number(int, 1), default=30, help="epochs between tenfold drops of lr")
+    parser.add_argument("--warmup", type=natural, default=0, help="epochs of linear rise to lr")
+    parser.add_argument("--accumulate", type=cli.number(int, 1), default=1, metavar="PARTS",
+                        help="compute a batch in parts, to save memory; target rates and BatchNorm then see parts")
+    return parser
+
+
+def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
+    """The loaders for a test, or for training and validation."""
+    if not args.data:
+        raise InputError("which images? train_img.py IMAGENET_FOLDER, with train/ and val/ inside")
+    values = {"size": args.image_size, "seed": args.seed, "workers": args.workers, "device": cli.select(args)}
+    root, names = Path(args.data), cli.recorded(checkpoint).get("classes")
+    val = data.PhotoLoader(data.find_split(root, ("val",)), args.batch_size, augment=False, **values)
+    data.same_classes(names or val.classes, val.classes, str(root))
+    if args.test:
+        return cli.Data(None, val, data.IMAGENET_STATISTICS)
+    train = data.PhotoLoader(data.find_split(root, ("train",)), args.batch_size, augment=True, **values)
+    data.same_classes(train.classes, val.classes, f"{root}/val")
+    return cli.Data(train, val, data.IMAGENET_STATISTICS)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, checkpoint = cli.parse(make_parser(), argv, architecture=("arch",))
+    try:
+        target_rates = target_rates_of(args.target_rates, args.arch, args.target)
+    except ValueError as error:
+        raise InputError(f"--target-rates: {error}") from error
+    loaded = load_data(args, checkpoint)
+    torch.manual_seed(derive_seed(args.seed, "weights"))
+    model = ResNet_ImageNet(Bottleneck, LAYERS[args.arch], len(loaded.val.classes), target_rates)
+    if args.pretrained and not checkpoint:
+        print(load_pretrained(model, args.pretrained, args.arch))
+    recipe = Recipe(
+        target_rates=target_rates,
+        lossfact=args.lossfact,
+        lr=args.lr,
+        milestones=range(args.lrdecay, args.epochs + 1, args.lrdecay),
+        epochs=args.epochs,
+        seed=args.seed,
+        warmup=args.warmup,
+        accumulate=args.accumulate,
+        print_freq=args.print_freq,
+        log_interval=args.log_interval,
+        topk=(1, 5),
+    )
+    cli.run(args, checkpoint, loaded, model, recipe, gate_layers=("fc1", "fc1bn", "fc2"))
+
+
+if __name__ == "__main__":
+    cli.main(main, "train_img.py")
