@@ -133,6 +133,9 @@ def parse(
     args = argparse.Namespace(**{**vars(args), **inherited, **explicit})
     if args.test:
         return args, checkpoint
+    args.start_epoch = explicit.get("start_epoch", checkpoint.get("epoch"))
+    if not isinstance(args.start_epoch, int) or args.start_epoch < 1:
+        raise InputError(f"{args.resume} does not say which epoch comes next: give --start-epoch")
     folder = run_folder(args, checkpoint)
     if not recorded:
         utils.check_vacant(folder, args.overwrite)
@@ -232,7 +235,7 @@ def run_training(
     first, records, best = args.start_epoch, [], -1.0
     folder = run_folder(args, checkpoint)
     if checkpoint:
-        first, best = restore(checkpoint, optimizer, args.resume)
+        best = restore(checkpoint, optimizer, args.resume)
     if recorded(checkpoint):
         records = [record for record in utils.read_records(folder) if record["epoch"] < first]
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
@@ -280,14 +283,12 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, gate_layers: Sequ
     return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
 
-def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> tuple[int, float]:
-    """Restores the optimizer's state. Returns the next epoch to run and the best accuracy so far."""
-    epoch, best = checkpoint.get("epoch"), checkpoint.get("best_prec1", -1)
-    if not isinstance(epoch, int) or epoch < 1:
-        raise InputError(f"{source} does not say which epoch comes next: it can only be evaluated, with --test")
+def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> float:
+    """Restores the optimizer's state. Returns the best accuracy so far."""
+    best = float(checkpoint.get("best_prec1", -1))
     if "optimizer" not in checkpoint:  # as in the original's files
         print(f"{source} holds no optimizer state: the momentum starts at zero")
-        return epoch, float(best)
+        return best
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -295,7 +296,7 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> 
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
-    return epoch, float(best)
+    return best
 
 
 def describe_run(args: argparse.Namespace, data: Data, recipe: engine.Recipe) -> dict[str, Any]:
