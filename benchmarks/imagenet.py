@@ -13,7 +13,7 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -66,9 +66,9 @@ def torchvision_loader(folder: Path, batch_size: int, size: int, workers: int) -
     return DataLoader(datasets.ImageFolder(folder, transform), batch_size, shuffle=True, num_workers=workers)
 
 
-def images_per_second(batches: Callable[[], object]) -> float:
+def images_per_second(batches: Iterable) -> float:
     start, count = time.perf_counter(), 0
-    for images, _ in batches():
+    for images, _ in batches:
         count += len(images.to(memory_format=torch.channels_last))
     return count / (time.perf_counter() - start)
 
@@ -79,10 +79,7 @@ def loading(folder: Path, batch_size: int, size: int, workers: list[int], repeat
     for count in workers:
         ours = PhotoLoader(folder, batch_size, augment=True, size=size, workers=count)
         usual = torchvision_loader(folder, batch_size, size, count)
-        rates = [
-            (images_per_second(lambda e=epoch: ours.batches(e)), images_per_second(lambda: usual))
-            for epoch in range(repeats + 1)
-        ]
+        rates = [(images_per_second(ours.batches(epoch)), images_per_second(usual)) for epoch in range(repeats + 1)]
         results["ours"][count], results["torchvision"][count] = map(max, zip(*rates[1:], strict=True))
     return results
 
@@ -100,8 +97,8 @@ def main() -> None:
     memory = {name: saved_bytes(value, args.batch_size, args.image_size) for name, value in schedules.items()}
     rates = loading(args.data / "train", args.batch_size, args.image_size, [0, 1, 2], args.repeats)
 
-    where = f"{utils.device_name(torch.device('cpu'))}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-    where += f", python {platform.python_version()}"
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}"
+    where = f"{utils.device_name(torch.device('cpu'))}, {versions}"
     print(f"saved for backward, AIG-50, batch {args.batch_size}, {args.image_size} px, float32; {where}\n")
     for name, size in memory.items():
         print(f"  {name:15}{size / 2**20:9.1f} MiB{size / memory['uniform']:8.3f} of uniform")
