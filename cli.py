@@ -327,7 +327,11 @@ def environment(model: nn.Module) -> dict[str, Any]:
 
 def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -> str:
     """The table that --test prints."""
-    spread = {name: f" ± {value:.4f}" for name in result if (value := result.get(f"{name}_std")) is not None}
+    spread = {
+        name: f" ± {value:.{2 if is_accuracy(name) else 4}f}"
+        for name in result
+        if (value := result.get(f"{name}_std")) is not None
+    }
     everything = ", which runs every branch" if mode in RUNS_EVERYTHING else ""
     lines = [
         f"gate mode {mode}{everything}: {result['images']:,} images, {result['images_per_second']:.0f} images/s",

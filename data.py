@@ -204,7 +204,7 @@ class SmallImageLoader:
         self.images = torch.nn.functional.pad(source.images, (0, 0, p, p, p, p)).to(device)  # (N, H + 2p, W + 2p, 3)
         self.labels = source.labels.to(device)
         mean, std = (255 * torch.tensor(values, dtype=torch.float32, device=device) for values in normalisation)
-        self.scale, self.shift = 1 / std, -mean / std
+        self.scale, self.shift = (values.repeat(self.size[1]) for values in (1 / std, -mean / std))  # (W * 3,)
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -236,11 +236,16 @@ class SmallImageLoader:
         height, width = (torch.arange(side, device=self.images.device) for side in self.size)
         rows = top[:, None] + height  # (N, H)
         columns = left[:, None] + torch.where(flip[:, None], width.flip(0), width)  # (N, W)
-        return self.images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
+        full_height, full_width = self.images.shape[1:3]
+        rows = indices[:, None] * full_height + rows  # (N, H), of all images below each other
+        pixels = rows[:, :, None] * full_width + columns[:, None, :]  # (N, H, W)
+        # one index per pixel into a flat list of pixels: several times faster than indexing three dimensions
+        return self.images.flatten(0, 2).index_select(0, pixels.flatten()).view(*pixels.shape, 3)
 
     def normalise(self, images: Tensor) -> Tensor:
         """(N, H, W, 3) uint8 -> (N, 3, H, W) float32 in channels-last layout, zero mean and unit variance."""
-        return torch.addcmul(self.shift, images.float(), self.scale).permute(0, 3, 1, 2)
+        rows = torch.addcmul(self.shift, images.flatten(2).float(), self.scale)  # (N, H, W * 3): long inner loops
+        return rows.view(images.shape).permute(0, 3, 1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- photographs
