@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import subprocess
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -49,10 +50,14 @@ def select_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the number of CPU threads."""
+    """What computes: the GPU's name, or the processor's and the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    if cpuinfo.exists():  # on Linux, where platform knows no more than the architecture
+        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = models[0] if models else processor
+    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
 
 
 # ---------------------------------------------------------------------------------------------- measures
