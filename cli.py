@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,7 @@ from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, TrainingError
 
 # flags of one call, never taken over from a checkpoint
-PER_CALL = (
-    *("expname", "save", "overwrite", "visdom", "device", "no_cuda"),
-    *("resume", "test", "start_epoch", "stop_after", "pretrained"),
-)
+PER_CALL = ("resume", "test", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -52,7 +51,7 @@ def number(
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
-        if not (low <= value <= high and value > above and math.isfinite(value)):
+        if not (low <= value <= high and value > above) or value in (math.inf, -math.inf):
             bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
             bounds += [f"at most {high:g}"] * (high < math.inf)
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
@@ -63,7 +62,7 @@ def number(
 
 def experiment_name(text: str) -> str:
     """An argparse type: the name of one folder."""
-    if text in ("", ".", "..") or Path(text).name != text:
+    if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 200:
         raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder, without a path")
     return text
 
@@ -85,7 +84,7 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
     run.add_argument("--log-interval", type=positive, default=20, help="steps between refreshes of the progress bar")
     training = parser.add_argument_group("training")
-    training.add_argument("--epochs", type=positive)
+    training.add_argument("--epochs", type=number(int, 1, 100_000))
     training.add_argument("--start_epoch", "--start-epoch", type=positive, default=1, help="first epoch to run")
     training.add_argument("--batch-size", type=number(int, 2), default=256)
     training.add_argument("--lr", "--learning-rate", type=above0, default=0.1, help="learning rate at the start")
@@ -120,28 +119,62 @@ def parse(
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if not args.resume:
         utils.check_vacant(run_folder(args, None), args.overwrite)
+        if args.start_epoch > args.epochs:
+            raise InputError(f"--start-epoch {args.start_epoch} comes after the last of {args.epochs} epochs")
         return args, None
     checkpoint = utils.load_checkpoint(args.resume)
-    recorded = checkpoint.get("args", {})
-    if not isinstance(recorded, dict):
-        raise InputError(f"{args.resume}: its args are not a dict; not a checkpoint of this program")
+    if own := recorded(checkpoint):
+        args = inherit(parser, own, explicit, architecture, args.resume)
+    if not args.test:
+        args.start_epoch = explicit.get("start_epoch", checkpoint.get("epoch"))
+        check_resumable(args, checkpoint, explicit)
+    return args, checkpoint
+
+
+def inherit(
+    parser: Parser, own: dict, explicit: dict[str, Any], architecture: Sequence[str], source: str
+) -> argparse.Namespace:
+    """The flags recorded in a checkpoint, checked as if they had been typed, overridden by the explicit ones."""
     for name in architecture:
-        if name in explicit and explicit[name] != recorded.get(name, explicit[name]):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {explicit[name]}: {args.resume} was trained with {flag} {recorded[name]}")
-    inherited = {name: value for name, value in recorded.items() if name in vars(args) and name not in PER_CALL}
-    args = argparse.Namespace(**{**vars(args), **inherited, **explicit})
-    if args.test:
-        return args, checkpoint
-    args.start_epoch = explicit.get("start_epoch", checkpoint.get("epoch"))
+        flag = "--" + name.replace("_", "-")
+        if name not in own:
+            raise InputError(f"{source} is not a checkpoint of this script: it does not record {flag}")
+        if explicit.get(name, own[name]) != own[name]:
+            raise InputError(f"{flag} {explicit[name]}: {source} was trained with {flag} {own[name]}")
+    typed: list[str] = []
+    for action in parser._actions:
+        value = own.get(action.dest)
+        if value is None or action.dest in PER_CALL:
+            continue
+        if action.nargs == 0:
+            typed += action.option_strings[:1] * (value is True)
+        elif not action.option_strings:
+            typed.insert(0, str(value))
+        elif isinstance(value, list):
+            typed += [action.option_strings[0], *map(str, value)]
+        else:
+            typed.append(f"{action.option_strings[0]}={value}")
+    try:
+        return argparse.Namespace(**{**vars(parser.parse_args(typed)), **explicit})
+    except InputError as error:
+        raise InputError(f"{source}: the flags it records are unfit: {error}") from error
+
+
+def check_resumable(args: argparse.Namespace, checkpoint: dict, explicit: dict[str, Any]) -> None:
+    """Raises InputError if training cannot go on from the checkpoint as the flags ask."""
     if not isinstance(args.start_epoch, int) or args.start_epoch < 1:
         raise InputError(f"{args.resume} does not say which epoch comes next: give --start-epoch")
+    if explicit.get("pretrained"):
+        raise InputError("--pretrained starts a new run: it does not go with --resume")
     folder = run_folder(args, checkpoint)
-    if not recorded:
+    if not recorded(checkpoint):
         utils.check_vacant(folder, args.overwrite)
-    elif "expname" in explicit and folder.resolve().name != args.expname:
-        raise InputError(f"--expname {args.expname}: a resumed run continues in its own folder, {folder}; leave it out")
-    return args, checkpoint
+        if folder.resolve() == Path(args.resume).resolve().parent:
+            raise InputError(f"{args.resume} would be overwritten: choose another --expname or --save")
+    elif {"expname", "save"} & explicit.keys():
+        asked = Path(args.save or "runs") / args.expname if "save" in explicit else folder.parent / args.expname
+        if asked.resolve() != folder.resolve():
+            raise InputError(f"{args.resume} continues in its own folder, {folder}, not in {asked}: leave out the name")
 
 
 def run_folder(args: argparse.Namespace, checkpoint: dict | None) -> Path:
@@ -155,6 +188,13 @@ def run_folder(args: argparse.Namespace, checkpoint: dict | None) -> Path:
 def recorded(checkpoint: dict | None) -> dict[str, Any]:
     """The args in a checkpoint of this program, {} without."""
     return checkpoint.get("args", {}) if checkpoint else {}
+
+
+def check_gates(checkpoint: dict | None, target_rates: Sequence[float], source: str) -> None:
+    """Raises InputError if other blocks have a gate than in the checkpoint: that would be another network."""
+    rates = recorded(checkpoint).get("block_rates", target_rates)
+    if [rate < 1 for rate in rates] != [rate < 1 for rate in target_rates]:
+        raise InputError(f"with these target rates other blocks have gates than in {source}: leave them out")
 
 
 # ---------------------------------------------------------------------------------------------- running
@@ -179,6 +219,7 @@ def run(
 ) -> None:
     """Tests or trains `model` on `data`, as `args` say. `gate_layers` get the learning rate lr * lrfact."""
     device = select(args)
+    check_gates(checkpoint, recipe.target_rates, args.resume)
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], args.resume)
     model.to(device, memory_format=torch.channels_last)
@@ -200,6 +241,8 @@ def run_test(
     args: argparse.Namespace, checkpoint: dict, data: Data, model: AdaptiveResNet, recipe: engine.Recipe
 ) -> None:
     """Evaluates, prints a table, and puts the result under its gate mode into test.json."""
+    path = Path(args.resume).parent / utils.TEST
+    earlier = utils.read_json(path)
     result = engine.test(
         model,
         data.val,
@@ -213,8 +256,7 @@ def run_test(
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     print(describe(result, args.gate_mode, recipe.target_rates))
-    path = Path(args.resume).parent / utils.TEST
-    utils.write_json(path, {**utils.read_json(path), args.gate_mode: result})
+    utils.write_json(path, {**earlier, args.gate_mode: result})
     print(f"written to {path}")
 
 
@@ -232,45 +274,64 @@ def run_training(
     if data.train.dropped:
         print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     optimizer = make_optimizer(model, args, gate_layers)
+    own, folder = recorded(checkpoint), run_folder(args, checkpoint)
     first, records, best = args.start_epoch, [], -1.0
-    folder = run_folder(args, checkpoint)
     if checkpoint:
         best = restore(checkpoint, optimizer, args.resume)
-    if recorded(checkpoint):
-        records = [record for record in utils.read_records(folder) if record["epoch"] < first]
+    if own:
+        done = min(first, checkpoint["epoch"])
+        records = [record for record in utils.read_records(folder) if record["epoch"] < done]
+        if own.get("val_size") != vars(args).get("val_size"):
+            best = -1.0
+            print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
-        print(f"all {last} epochs are done already; ask for more with --epochs")
+        print(f"epoch {last} is done already; ask for more with --epochs")
         return
-    if recorded(checkpoint):
-        utils.write_records(folder, records)
-    else:
-        utils.new_run_folder(folder, args.overwrite)
     kept = describe_run(args, data, recipe)
-    utils.write_json(folder / utils.ARGS, {**kept, **environment(model)})
-    parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{folder}: {parameters:,} parameters, {len(recipe.target_rates)} blocks, "
-        f"{data.train.num_images:,} training and {data.val.num_images:,} validation images of "
-        f"{len(data.val.classes)} classes, epochs {first} to {last}, {utils.device_name(select(args))}",
-        flush=True,
-    )
-    best = engine.fit(
-        model,
-        optimizer,
-        data.train,
-        data.val,
-        recipe,
-        folder=folder,
-        epochs=range(first, last + 1),
-        records=records,
-        best=best,
-        args=kept,
-        dashboard=dashboard.connect(folder.name, recipe.target_rates) if args.visdom else dashboard.Silent(),
-    )
+
+    def begin() -> None:
+        """Makes way in the run folder, once there is something to put there."""
+        commands = [*utils.read_json(folder / utils.ARGS).get("commands", []), command()] if own else [command()]
+        if not own:
+            utils.clear_run_folder(folder)
+        utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
+
+    with utils.without_empty_folders(folder):
+        utils.make_run_folder(folder)
+        if own:
+            utils.write_records(folder, records)
+        print(opening_line(folder, data, model, recipe, first, last), flush=True)
+        best = engine.fit(
+            model,
+            optimizer,
+            data.train,
+            data.val,
+            recipe,
+            folder=folder,
+            epochs=range(first, last + 1),
+            records=records,
+            best=best,
+            args=kept,
+            begin=begin,
+            dashboard=dashboard.connect(folder.name, recipe.target_rates) if args.visdom else dashboard.Silent(),
+        )
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
         print(f"stopped after epoch {last} of {recipe.epochs}; continue with --resume {folder / utils.CHECKPOINT}")
+
+
+def opening_line(
+    folder: Path, data: Data, model: nn.Module, recipe: engine.Recipe, first: int, last: int
+) -> str:
+    """What is about to run, in one line."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return (
+        f"{folder}: {parameters:,} parameters, {len(recipe.target_rates)} blocks, "
+        f"{data.train.num_images:,} training and {data.val.num_images:,} validation images of "
+        f"{len(data.val.classes)} classes, epochs {first} to {last}, "
+        f"{utils.device_name(next(model.parameters()).device)}"
+    )
 
 
 def make_optimizer(model: nn.Module, args: argparse.Namespace, gate_layers: Sequence[str]) -> torch.optim.SGD:
@@ -285,14 +346,22 @@ def make_optimizer(model: nn.Module, args: argparse.Namespace, gate_layers: Sequ
 
 def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> float:
     """Restores the optimizer's state. Returns the best accuracy so far."""
-    best = float(checkpoint.get("best_prec1", -1))
+    best = checkpoint.get("best_prec1", -1)
+    best = best.item() if isinstance(best, torch.Tensor) and best.numel() == 1 else best  # as some old files have it
+    if not isinstance(best, (int, float)) or not math.isfinite(best):
+        raise InputError(f"{source}: its best_prec1 is not a finite number")
     if "optimizer" not in checkpoint:  # as in the original's files
         print(f"{source} holds no optimizer state: the momentum starts at zero")
         return best
+    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        buffers = {index: state["momentum_buffer"] for index, state in checkpoint["optimizer"]["state"].items()}
+        for index, buffer in buffers.items():
+            if buffer is not None and tuple(buffer.shape) != shapes[index]:
+                raise ValueError(f"momentum {index} of another shape")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
@@ -304,13 +373,18 @@ def describe_run(args: argparse.Namespace, data: Data, recipe: engine.Recipe) ->
     mean, std = data.normalisation
     derived = {"classes": data.val.classes, "mean": mean, "std": std}
     derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
-    return {**vars(args), **derived}
+    flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
+    return {**flags, **derived}
+
+
+def command() -> str:
+    """The command line of this process."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def environment(model: nn.Module) -> dict[str, Any]:
-    """The command, versions, commit and hardware, for args.json."""
+    """Versions, commit and hardware, for args.json."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "git_commit": utils.git_commit(),
         "versions": {
             "python": platform.python_version(),
@@ -363,15 +437,21 @@ def is_accuracy(name: str) -> bool:
 
 def main(script: Callable[[], None], name: str) -> NoReturn:
     """Runs a script's main and ends the process with the exit status of the module's docstring."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF data, which nothing here reads
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # --workers is the user's to choose
     try:
         script()
+        sys.stdout.flush()
     except InputError as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except TrainingError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # as in `train.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; finished epochs are saved, continue with --resume", file=sys.stderr)
+        print(f"{name}: interrupted; the epochs finished before are saved", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)

@@ -1,6 +1,6 @@
 """ConvNet-AIG: residual networks whose every residual block is behind a gate, decided image by image.
 
-    x_{l+1} = relu(shortcut_l(x_l) + z_l(x_l) * F_l(x_l)),   z_l(x) in {0, 1}      (paper, eq. 3)
+    x_{l+1} = relu(shortcut_l(x_l) + z_l(x_l) * F_l(x_l)),   z_l(x) in {0, 1}
 
 Andreas Veit, Serge Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018,
 https://arxiv.org/abs/1711.11503. The backbones are those of He et al., "Deep residual learning for
@@ -25,7 +25,7 @@ GATE_MODES = ("argmax", "sample", "expected", "all")
 RUNS_EVERYTHING = ("expected", "all")  # the modes that execute every branch
 GATE_WIDTH = 16  # hidden units of a gate
 LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # blocks by stage
-PAPER_RATES = {  # section 4.2: early, last and downsampling blocks always run
+PAPER_RATES = {  # early, last and downsampling blocks always run
     "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",
     "resnet101": ",".join(["1"] * 8 + ["t"] * 25),
 }
@@ -42,7 +42,7 @@ def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
 class GatedBlock(nn.Module):
     """A residual block with its gate; subclasses build the branch and define `residual`.
 
-    The gate (section 3.2) is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
+    The gate is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
     index 1 means "execute". Its layers are attributes of the block itself because the public parameter
     keys are `fc1`, `fc1bn`, `fc2`; `fc1` and `fc2` are 1x1 convolutions there, hence their 4-D weights.
     """
@@ -214,13 +214,14 @@ class AdaptiveResNet(nn.Module):
         mode = "sample" if self.training else self.gate_mode
         if mode not in GATE_MODES:
             raise ValueError(f"gate_mode {mode!r}: choose from {', '.join(GATE_MODES)}")
-        blocks = list(self.blocks())
         x = self.stem(x)
-        noise = [None] * len(blocks)
+        noise = iter(())
         if mode == "sample":  # the noise of all gates in one draw: a few kernels instead of a few per gate
-            noise = gumbel_noise(torch.rand(len(blocks), len(x), 2, dtype=x.dtype, device=x.device))
+            gates = sum(block.gated for block in self.blocks())
+            noise = iter(gumbel_noise(torch.rand(gates, len(x), 2, dtype=x.dtype, device=x.device)))
         gate_activations = []
-        for block, block_noise in zip(blocks, noise, strict=True):
+        for block in self.blocks():
+            block_noise = next(noise, None) if block.gated else None
             x, z = block(x, mode, self.threshold, temperature, block_noise)
             gate_activations.append(z)
         return self.linear(x.mean((2, 3))), gate_activations

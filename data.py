@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-from utils import InputError, derive_seed, get_mean_and_std
+from utils import InputError, derive_seed, get_mean_and_std, without_empty_folders
 
 SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
 SMALL_SIZE = 32
@@ -74,12 +74,10 @@ def load_small_images(dataset: str, root: str | Path, train: bool) -> SmallImage
 
 def _cifar(dataset: str, root: Path, train: bool) -> SmallImages:
     source = CIFAR[dataset][0]
-    made_root = not root.exists()
     try:
-        found = source(root, train, download=True)  # downloads only what is not there
+        with without_empty_folders(root):
+            found = source(root, train, download=True)  # downloads only what is not there
     except (OSError, RuntimeError) as error:
-        if made_root and root.exists() and not any(root.iterdir()):
-            root.rmdir()
         raise InputError(
             f"{dataset} is not in {root} and cannot be downloaded: put {source.filename} (from {source.url}) into "
             f"{root}, or try --dataset digits, which needs no download"

@@ -5,9 +5,10 @@ Both scripts train and evaluate through this module. Functions that compute retu
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,7 +70,7 @@ class Recipe:
 
 
 def target_rate_loss(z: Tensor, target_rates: Tensor) -> Tensor:
-    """mean_l (t[l] - mean_n z[n, l])^2 for z (N, L) and t (L,)                          (paper, eq. 8)"""
+    """The paper's target-rate loss, mean_l (t[l] - mean_n z[n, l])^2, for z (N, L) and t (L,)."""
     return (target_rates - z.mean(0)).square().mean()
 
 
@@ -152,7 +153,7 @@ def train_epoch(
             add(sums, **stepped)
             seen += len(images)
             bad = ~(stepped["loss_classify"] + stepped["loss_target"]).isfinite() & (first_bad < 0)
-            first_bad = torch.where(bad, step, first_bad)
+            first_bad = first_bad.masked_fill(bad, step)
             bar.update()
             if step % (recipe.print_freq if bar.disable else recipe.log_interval) == 0:
                 check_finite(first_bad, epoch)
@@ -170,7 +171,16 @@ def check_finite(first_bad: Tensor, epoch: int) -> None:
     step = int(first_bad)
     if step >= 0:
         raise TrainingError(
-            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; earlier checkpoints are good"
+            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; the epoch was not saved"
+        )
+
+
+def check_health(model: nn.Module, loss: float, epoch: int) -> None:
+    """Raises TrainingError if the validation loss or a parameter or buffer is not finite. Reads from the device."""
+    finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
+    if not (math.isfinite(loss) and finite):
+        raise TrainingError(
+            f"the network is not finite after epoch {epoch}: try a smaller --lr; the epoch was not saved"
         )
 
 
@@ -302,6 +312,7 @@ def fit(
     records: list[dict],
     best: float,
     args: dict[str, Any],
+    begin: Callable[[], None],
     dashboard: Any,
 ) -> float:
     """Trains through `epochs`, leaving after each a record, a checkpoint, and the best model so far.
@@ -312,6 +323,7 @@ def fit(
         records: of the epochs before; those of this call are appended.
         best: highest top-1 validation accuracy so far, in percent.
         args: kept in the checkpoint.
+        begin: called once, before the first file is written.
         dashboard: its `update(records)` is called after each epoch.
 
     Returns:
@@ -330,9 +342,12 @@ def fit(
             topk=recipe.topk,
             seed=derive_seed(recipe.seed, "validation", epoch),
         )
+        check_health(model, validated["loss"], epoch)
+        if epoch == epochs.start:
+            begin()
         matrix = np.round(validated.pop("gates_by_class"), 4)  # (K, L)
         if len(matrix) > MATRIX_CLASSES:
-            with utils.atomic_write(folder / "gates_by_class.npy") as file:
+            with utils.atomic_write(folder / utils.MATRIX) as file:
                 np.save(file, matrix)
         else:
             validated["gates_by_class"] = matrix.tolist()

@@ -2,7 +2,7 @@
 
 Sources: Jang, Gu, Poole, "Categorical reparameterization with Gumbel-softmax", ICLR 2017;
 Maddison, Mnih, Teh, "The concrete distribution", ICLR 2017; used for the gates of
-Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, section 3.2.
+Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ def make_parser() -> cli.Parser:
                         help="target rate of each block; in a list, t stands for --target; blocks at 1 have no gate")
     parser.add_argument("--pretrained", default="", metavar="FILE",
                         help="start from a plain ResNet as torchvision saves it, or from its own weights: torchvision")
-    parser.add_argument("--image-size", type=cli.number(int, 32), default=224, metavar="PIXELS")
-    parser.add_argument("--workers", type=natural, default=4, help="processes that decode images")
+    parser.add_argument("--image-size", type=cli.number(int, 32, 4096), default=224, metavar="PIXELS")
+    parser.add_argument("--workers", type=natural, default=min(4, torch.get_num_threads()),
+                        help="processes that decode images")
     parser.add_argument("--lrdecay", type=cli.number(int, 1), default=30, help="epochs between tenfold drops of lr")
     parser.add_argument("--warmup", type=natural, default=0, help="epochs of linear rise to lr")
     parser.add_argument("--accumulate", type=cli.number(int, 1), default=1, metavar="PARTS",
@@ -50,7 +51,7 @@ def make_parser() -> cli.Parser:
 def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     """The loaders for a test, or for training and validation."""
     if not args.data:
-        raise InputError("which images? train_img.py IMAGENET_FOLDER, with train/ and val/ inside")
+        raise InputError("name the folder of the images, with train/ and val/ inside: train_img.py IMAGENET_FOLDER")
     values = {"size": args.image_size, "seed": args.seed, "workers": args.workers, "device": cli.select(args)}
     root, names = Path(args.data), cli.recorded(checkpoint).get("classes")
     val = data.PhotoLoader(data.find_split(root, ("val",)), args.batch_size, augment=False, **values)

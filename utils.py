@@ -6,10 +6,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import platform
 import subprocess
-import zipfile
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,8 @@ import torchvision
 from torch import Tensor, nn
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-ARGS, METRICS, TEST = "args.json", "metrics.jsonl", "test.json"
+ARGS, METRICS, TEST, MATRIX = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy"
+RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)
 
 
 class InputError(Exception):
@@ -132,7 +132,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
     try:
         value = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+    except (OSError, ValueError):
         value = None
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: move it away")
@@ -140,14 +140,26 @@ def read_json(path: Path) -> dict:
 
 
 def read_records(folder: Path) -> list[dict]:
-    """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out."""
-    path = folder / METRICS
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out.
+
+    Raises:
+        InputError: if another line is damaged.
+    """
+    path, records = folder / METRICS, []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): move it away") from error
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+            raise InputError(f"{path}, line {number}, is damaged: repair it or move the file away")
+        records.append(record)
     return records
 
 
@@ -159,27 +171,44 @@ def write_records(folder: Path, records: list[dict]) -> None:
 
 
 def check_vacant(folder: Path, overwrite: bool) -> None:
-    """Raises InputError if `folder` already holds a checkpoint, unless it may be overwritten."""
-    if not overwrite and any((folder / name).exists() for name in (CHECKPOINT, BEST)):
+    """Raises InputError if `folder` already holds files of a run, unless it may be overwritten."""
+    try:
+        taken = any((folder / name).exists() for name in RUN_FILES)
+    except OSError as error:
+        raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
+    if taken and not overwrite:
         raise InputError(
             f"{folder} already holds a run: choose another --expname, go on with --resume {folder / CHECKPOINT}, "
             "or replace it with --overwrite"
         )
 
 
-def new_run_folder(folder: Path, overwrite: bool) -> None:
-    """Makes `folder` ready for a new run; an earlier run there is deleted only if `overwrite`.
-
-    Raises:
-        InputError: if it already holds a checkpoint, or cannot be made.
-    """
-    check_vacant(folder, overwrite)
+def make_run_folder(folder: Path) -> None:
+    """Makes the folder if it is missing. Raises InputError if that, or writing into it, is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
-    for name in (CHECKPOINT, BEST, ARGS, METRICS, TEST, "gates_by_class.npy"):
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into the run folder {folder}")
+
+
+def clear_run_folder(folder: Path) -> None:
+    """Deletes the files of an earlier run."""
+    for name in RUN_FILES:
         (folder / name).unlink(missing_ok=True)
+
+
+@contextmanager
+def without_empty_folders(folder: Path) -> Iterator[None]:
+    """Removes at the end those of `folder` and its parents that were made inside the block and stayed empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        for path in missing:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
 
 
 def git_commit() -> str | None:
@@ -217,27 +246,55 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
         raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
     checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
+    check_args(checkpoint.get("args", {}), path)
     return checkpoint
+
+
+def check_args(args: Any, path: str | Path) -> None:
+    """Raises InputError if what a checkpoint records of its data is malformed. Its flags are for `cli` to check."""
+
+    def numbers(name: str) -> bool:
+        return all(isinstance(value, (int, float)) and math.isfinite(value) for value in args[name])
+
+    try:
+        fit = isinstance(args, dict) and all(isinstance(name, str) for name in args.get("classes", []))
+        if fit and "mean" in args:
+            fit = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
+            fit = fit and min(args["std"]) > 0
+        fit = fit and numbers("block_rates") if "block_rates" in args else fit
+    except (TypeError, KeyError):
+        fit = False
+    if not fit:
+        raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")
 
 
 def load_safely(path: str | Path) -> Any:
     """What `torch.save` wrote into a file, on the CPU, without running code from it. Raises InputError."""
-    if not Path(path).is_file():
-        raise InputError(f"no checkpoint at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile, KeyError) as error:
+        if not Path(path).is_file():
+            raise InputError(f"no checkpoint at {path}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, and its code is never run
         reason = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error
 
 
 def is_state_dict(value: Any) -> bool:
-    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(k, str) and isinstance(v, Tensor) and not v.is_complex() for k, v in value.items())
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state_dict without the `module.` of DataParallel and the `_orig_mod.` of torch.compile in its keys."""
-    return {key.replace("module.", "").replace("_orig_mod.", ""): value for key, value in state.items()}
+    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may wrap the other
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
 def load_pretrained(model: nn.Module, source: str, arch: str) -> str:

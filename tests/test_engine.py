@@ -144,6 +144,38 @@ def test_accumulation_gives_the_classification_gradient_of_the_whole_batch(model
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
 
+def test_accumulation_weighs_the_target_rate_loss_of_each_part_by_its_size(model, loader):
+    images, labels = next(loader.batches())
+    images, labels = images[:7], labels[:7]  # parts of 3, 2 and 2
+    torch.manual_seed(0)
+    sums = engine.train_step(model.train(), sgd(model), images, labels, torch.tensor(RATES), RECIPE)
+    assert sums["gates"].sum() <= 21
+
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], 0.0)
+    gradients = []
+    torch.manual_seed(0)
+    engine.train_step(model, optimizer, images, labels, torch.tensor(RATES), replace(RECIPE, accumulate=3))
+    gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.manual_seed(0)
+    model.zero_grad()
+    for part, size in ((slice(0, 3), 3), (slice(3, 5), 2), (slice(5, 7), 2)):
+        logits, gates = model(images[part])
+        loss_target = 2 * engine.target_rate_loss(torch.stack(gates, 1), torch.tensor(RATES))
+        ((F.cross_entropy(logits, labels[part]) + loss_target) * size / 7).backward()
+    gradients.append([p.grad for p in model.parameters()])
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
+
+
+def test_warm_up_reaches_the_optimizer_at_every_step(model, loader):
+    seen = []
+    optimizer = sgd(model)
+    step = optimizer.step
+    optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), step())
+    engine.train_epoch(model, optimizer, loader, replace(RECIPE, warmup=1), 1)
+    assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1])
+
+
 def test_gates_learn_their_target_rates(model, loader):
     optimizer = sgd(model.train())
     losses = [

@@ -66,8 +66,9 @@ def test_a_fresh_gate_is_open_with_probability_087(images):
     model = ResNet_cifar(BasicBlock, (3, 3, 3)).double().train()
     z = torch.cat([torch.stack(model(images)[1]) for _ in range(20)])
     p = 1 / (1 + math.exp(0.1 - 2.0))
-    # weights N(0, 0.001) move the log-odds by a few 0.01, far less than the sampling error allowed here
-    assert abs(z.mean().item() - p) < 4 * (p * (1 - p) / z.numel()) ** 0.5 + 0.002
+    # the weights, N(0, 0.001), move a block's log-odds by 0.001 sqrt(2 sum_16 h^2), where h = relu(N(0, 1))
+    moved = p * (1 - p) * 0.001 * (2 * 16 * 0.5) ** 0.5
+    assert abs(z.mean().item() - p) < 4 * (p * (1 - p) / z.numel()) ** 0.5 + 4 * moved
 
 
 def test_forward_returns_logits_and_one_multiplier_per_block(small, images):
@@ -108,7 +109,7 @@ def test_argmax_opens_where_p_exceeds_the_threshold_and_repeats(small, images):
 
 def test_sample_differs_between_seeds_and_agrees_in_the_mean_with_p(small, images):
     unsettle(small).gate_mode = "sample"
-    n, block = 400, next(small.blocks())
+    n, block = 100, next(small.blocks())
     p = torch.softmax(block.gate_logits(small.stem(images)), 1)[:, 1]
     draws = []
     for seed in range(n):

@@ -1,6 +1,7 @@
 """train.py as its users meet it: training, resuming, testing, and what it says to bad input."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import engine
 import train
 import utils
 from convnet_aig import BasicBlock, ResNet_cifar
@@ -46,7 +48,7 @@ def strict_json(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_a_run_leaves_its_five_files(trained):
+def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
     assert names == {"checkpoint.pth.tar", "model_best.pth.tar", "args.json", "metrics.jsonl"}
     args = json.loads((trained / "args.json").read_text())
@@ -123,7 +125,7 @@ def test_a_finished_run_says_so(run, copied, contents):
     before = contents(copied)
     status, out, _ = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu")
     assert status == 0
-    assert "all 6 epochs are done" in out
+    assert "epoch 6 is done already" in out
     assert contents(copied) == before
 
 
@@ -211,6 +213,49 @@ def test_prefixes_are_taken_off_and_weights_restored_exactly(tmp_path):
         assert torch.equal(value, restored.state_dict()[name])
 
 
+def test_a_network_that_diverged_is_never_saved(run, tmp_path):
+    command = ["--dataset", "digits", "--depth", 8, "--batch-size", 2000, "--lr", 1e30, "--device", "cpu"]
+    status, _, err = run(train.main, *command, "--save", tmp_path / "runs")
+    assert (status, len(err.splitlines())) == (1, 1)
+    assert "not finite" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_weight_decay_shrinks_and_start_epoch_skips(run, tmp_path):
+    norms = []
+    for decay in (0, 0.1):
+        command = [*TINY, "--epochs", 2, "--start_epoch", 2, "--wd", decay, "--save", tmp_path, "--expname", decay]
+        assert run(train.main, *command)[0] == 0
+        assert [record["epoch"] for record in utils.read_records(tmp_path / str(decay))] == [2]
+        norms.append(torch.load(tmp_path / str(decay) / "checkpoint.pth.tar")["state_dict"]["conv1.weight"].norm())
+    assert norms[1] < 0.95 * norms[0]
+
+
+def test_print_freq_is_the_number_of_steps_between_lines(run, tmp_path):
+    for freq, lines in ((3, 4), (5, 2), (100, 0)):  # 12 steps
+        command = [*TINY, "--epochs", 1, "--print-freq", freq, "--save", tmp_path, "--expname", freq]
+        assert run(train.main, *command)[1].count("/12  loss") == lines
+
+
+def test_log_interval_is_the_number_of_steps_between_refreshes_on_a_terminal(run, tmp_path, monkeypatch):
+    shown = []
+
+    class Terminal(engine.tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "disable": False})
+
+        def set_postfix_str(self, text, refresh=True):
+            shown.append((self.n, text))
+
+    monkeypatch.setattr(engine, "tqdm", Terminal)
+    command = [*TINY, "--epochs", 1, "--log-interval", 5, "--save", tmp_path, "--expname", "bar"]
+    status, out, _ = run(train.main, *command)
+    assert status == 0
+    assert "step 5" not in out
+    assert [step for step, _ in shown] == [5, 10]
+    assert all(word in shown[0][1] for word in ("loss", "top1", "execution rate"))
+
+
 def test_val_size_holds_out_training_images(run, tmp_path):
     command = [*TINY, "--epochs", 1, "--val-size", 100, "--save", tmp_path, "--expname", "held-out"]
     status, out, _ = run(train.main, *command)
@@ -271,6 +316,10 @@ BAD_ARGUMENTS = {
     "infinite lr": ["--lr", "inf"],
     "epochs 0": ["--epochs", "0"],
     "epochs 1.5": ["--epochs", "1.5"],
+    "400 digits": ["--epochs", "9" * 400],
+    "a newline": ["--expname", "a\nb/c"],
+    "a name too long": ["--expname", "n" * 300],
+    "start after the end": ["--start-epoch", "2"],
     "batch of one": ["--batch-size", "1"],
     "momentum 2": ["--momentum", "2"],
     "negative weight decay": ["--wd", "-1"],
@@ -323,7 +372,7 @@ def test_help_lists_every_flag_of_the_original(capsys):
     out = capsys.readouterr().out
     flags = "expname lrfact lossfact target batch-size epochs start_epoch lr learning-rate momentum weight-decay wd"
     flags += " seed log-interval resume test visdom print-freq"
-    assert all(f"--{flag}" in out for flag in flags.split())
+    assert {f"--{flag}" for flag in flags.split()} <= set(re.findall(r"--[\w-]+", out))
 
 
 def test_defaults_are_the_originals():
@@ -402,11 +451,83 @@ def test_a_bad_checkpoint_gets_one_line_and_stays_as_it_is(run, copied, contents
 
 def test_a_checkpoint_of_another_depth_or_data_is_refused(run, copied, contents):
     before = contents(copied)
-    for flags, message in ((["--depth", 14], "--depth 8"), (["--expname", "other"], "its own folder")):
+    for flags, message in (
+        (["--depth", 14], "--depth 8"),
+        (["--expname", "other"], "its own folder"),
+        (["--save", "elsewhere"], "its own folder"),
+        (["--target", 1], "other blocks have gates"),
+        (["--target", 1, "--test"], "other blocks have gates"),
+    ):
         status, _, err = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu", *flags)
         assert (status, len(err.splitlines())) == (2, 1)
         assert message in err
     assert contents(copied) == before
+
+
+MALFORMED = {
+    "best is a list": ("best_prec1", [1]),
+    "best is nan": ("best_prec1", float("nan")),
+    "epoch is text": ("epoch", "3"),
+    "args are a list": ("args", [1]),
+    "depth is text": ("args.depth", "eight"),
+    "target out of range": ("args.target", 2.0),
+    "batch of none": ("args.batch_size", 0),
+    "classes are a number": ("args.classes", 5),
+    "unknown data set": ("args.dataset", "mnist"),
+    "mean is text": ("args.mean", "x"),
+    "std is zero": ("args.std", [0, 0, 0]),
+    "unknown gate mode": ("args.gate_mode", "foo"),
+    "milestones are text": ("args.milestones", "abc"),
+    "another script's": ("args", {"arch": "resnet50", "data": "photos"}),
+    "numbers as keys": ("state_dict", {1: torch.zeros(2)}),
+    "complex weights": ("state_dict", {"conv1.weight": torch.zeros(2, dtype=torch.complex64)}),
+    "momentum of another shape": ("momentum", torch.zeros(3)),
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_values_in_a_checkpoint_get_one_line_and_leave_everything(run, copied, contents, name):
+    path, (key, value) = copied / "checkpoint.pth.tar", MALFORMED[name]
+    checkpoint = torch.load(path)
+    if key == "momentum":
+        checkpoint["optimizer"]["state"][0]["momentum_buffer"] = value
+    elif key.startswith("args."):
+        checkpoint["args"][key.removeprefix("args.")] = value
+    else:
+        checkpoint[key] = value
+    torch.save(checkpoint, path)
+    before = contents(copied)
+    status, _, err = run(train.main, "--resume", path, "--epochs", 9, "--device", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert contents(copied) == before
+
+
+@pytest.mark.parametrize("line", ["", "5", '{"a": 1}', '{"epoch": "1"}', "{torn"])
+def test_a_damaged_line_inside_the_metrics_is_an_error_and_not_the_end_of_them(run, copied, contents, line):
+    path = copied / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")
+    before = contents(copied)
+    status, _, err = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--epochs", 7, "--device", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "line 2" in err
+    assert contents(copied) == before
+
+
+def test_a_damaged_test_json_is_found_before_the_evaluation(run, copied, contents):
+    (copied / "test.json").write_text("{")
+    before = contents(copied)
+    status, out, err = run(train.main, "--test", "--resume", copied / "checkpoint.pth.tar", "--device", "cpu")
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert contents(copied) == before
+
+
+def test_resuming_keeps_what_the_run_recorded(run, copied):
+    assert run(train.main, "--resume", copied / "checkpoint.pth.tar", "--epochs", 7, "--device", "cpu")[0] == 0
+    args = json.loads((copied / "args.json").read_text())
+    assert args["expname"] == "straight"
+    assert len(args["commands"]) == 2
+    assert torch.load(copied / "checkpoint.pth.tar")["args"]["expname"] == "straight"
 
 
 def test_a_checkpoint_of_other_classes_is_refused(run, copied, tmp_path):

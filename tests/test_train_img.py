@@ -10,6 +10,7 @@ from PIL import Image
 
 import convnet_aig
 import data
+import train
 import train_img
 import utils
 from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
@@ -131,6 +132,8 @@ def test_official_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- photographs
 
+MODES = (("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"))
+
 
 def photo(path, size=(48, 40), mode="RGB", seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,10 +144,9 @@ def photo(path, size=(48, 40), mode="RGB", seed=0):
 @pytest.fixture
 def photos(tmp_path):
     """Three classes of four images, in every mode that occurs in ImageNet."""
-    modes = (("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"))
     for split in ("train", "val"):
         for k in range(3):
-            for i, (mode, suffix) in enumerate(modes):
+            for i, (mode, suffix) in enumerate(MODES):
                 photo(tmp_path / f"photos/{split}/class{k}/{i}.{suffix}", mode=mode, seed=4 * k + i)
     return tmp_path / "photos"
 
@@ -172,12 +174,55 @@ def test_a_run_on_photographs_of_every_mode_resumes_and_tests(run, photos, tmp_p
 
 
 def test_every_gate_parameter_gets_the_gate_learning_rate(run, photos, tmp_path):
-    command = [photos, *TINY, "--epochs", 1, "--workers", 0, "--lrfact", 0, "--wd", 0, "--seed", 5]
-    assert run(train_img.main, *command, "--save", tmp_path, "--expname", "frozen")[0] == 0
-    trained = torch.load(tmp_path / "frozen/checkpoint.pth.tar")["state_dict"]
-    assert torch.equal(trained["layer1.2.fc1bn.weight"], torch.ones(16))
-    assert trained["layer1.2.fc2.bias"].tolist() == pytest.approx([0.1, 2.0])
-    assert not torch.equal(trained["layer1.2.bn1.weight"], torch.ones(64))
+    command = [photos, *TINY, "--epochs", 1, "--workers", 0, "--wd", 0, "--seed", 5, "--save", tmp_path]
+    states = []
+    for factor in (0, 1):
+        assert run(train_img.main, *command, "--lrfact", factor, "--expname", factor)[0] == 0
+        states.append(torch.load(tmp_path / str(factor) / "checkpoint.pth.tar")["state_dict"])
+    torch.manual_seed(utils.derive_seed(5, "weights"))
+    rates = target_rates_of("paper", "resnet50", 0.7)
+    fresh = dict(ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], 3, rates).named_parameters())
+    for name, value in fresh.items():
+        gate = name.split(".")[-2] in ("fc1", "fc1bn", "fc2")
+        assert torch.equal(states[0][name], value) == gate, name
+    assert not torch.equal(states[1]["layer1.2.fc1.weight"], fresh["layer1.2.fc1.weight"])
+
+
+def test_the_learning_rate_falls_every_lrdecay_epochs(run, photos, tmp_path):
+    command = [photos, *TINY, "--epochs", 3, "--lrdecay", 2, "--lr", 0.01, "--workers", 0, "--save", tmp_path]
+    assert run(train_img.main, *command, "--expname", "decay")[0] == 0
+    lrs = [record["lr"] for record in utils.read_records(tmp_path / "decay")]
+    assert lrs == pytest.approx([0.01, 0.001, 0.001])
+
+
+def test_photographs_are_normalised_with_imagenets_statistics(tmp_path):
+    for value in (0, 255):
+        path = tmp_path / f"train/class/{value}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40), (value,) * 3).save(path)
+    images, _ = next(data.PhotoLoader(tmp_path / "train", 2, augment=False, size=32, workers=0).batches())
+    mean, std = map(torch.tensor, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(images[:, :, 0, 0], torch.stack([-mean / std, (1 - mean) / std]), rtol=1e-5, atol=1e-6)
+    assert images.shape == (2, 3, 32, 32)
+
+
+def test_a_checkpoint_of_the_other_script_is_refused(run, photos, tmp_path):
+    assert run(train_img.main, photos, *TINY, "--epochs", 1, "--workers", 0, "--save", tmp_path)[0] == 0
+    checkpoint = tmp_path / "give_me_a_name/checkpoint.pth.tar"
+    status, _, err = run(train.main, "--test", "--resume", checkpoint, "--device", "cpu")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "not a checkpoint of this script" in err
+
+
+def test_bad_input_found_while_training_leaves_an_earlier_run_as_it_was(run, photos, tmp_path, contents):
+    command = [photos, *TINY, "--epochs", 1, "--workers", 0, "--save", tmp_path / "runs"]
+    assert run(train_img.main, *command)[0] == 0
+    before = contents(tmp_path / "runs")
+    (photos / "val/class1/0.jpg").write_bytes(b"no image")
+    assert run(train_img.main, *command, "--overwrite")[0] == 2
+    assert run(train_img.main, *command, "--expname", "another")[0] == 2
+    assert contents(tmp_path / "runs") == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["give_me_a_name"]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -231,9 +276,11 @@ def test_a_folder_that_does_not_fit_is_an_error_before_the_first_step(run, photo
 
 def test_a_thousand_classes_from_training_to_test(run, tmp_path):
     for k in range(1000):
-        photo(tmp_path / f"photos/val/n{k:04}/0.png", size=(32, 32), seed=k)
+        mode, suffix = MODES[k % len(MODES)]
+        path = tmp_path / f"photos/val/n{k:04}/0.{suffix}"
+        photo(path, size=(32, 32), mode=mode, seed=k)
         (tmp_path / f"photos/train/n{k:04}").mkdir(parents=True)
-        (tmp_path / f"photos/train/n{k:04}/0.png").hardlink_to(tmp_path / f"photos/val/n{k:04}/0.png")
+        (tmp_path / f"photos/train/n{k:04}/0.{suffix}").hardlink_to(path)
     command = [tmp_path / "photos", *TINY, "--epochs", 1, "--batch-size", 100, "--workers", 0]
     assert run(train_img.main, *command, "--save", tmp_path, "--expname", "wide")[0] == 0
     folder = tmp_path / "wide"
@@ -247,3 +294,12 @@ def test_a_thousand_classes_from_training_to_test(run, tmp_path):
     assert status == 0
     assert "(20 of 1000)" in out
     assert json.loads((folder / "test.json").read_text())["all"]["images"] == 1000
+
+    path = tmp_path / "photos/val/n0100/0.jpg"
+    whole = path.read_bytes()
+    path.unlink()  # not the file that is linked into train/
+    for content in (b"no image", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        status, _, err = run(train_img.main, "--test", "--resume", folder / "checkpoint.pth.tar")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert "val/n0100/0.jpg" in err
