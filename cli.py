@@ -162,12 +162,14 @@ def inherit(
 
 def check_resumable(args: argparse.Namespace, checkpoint: dict, explicit: dict[str, Any]) -> None:
     """Raises InputError if training cannot go on from the checkpoint as the flags ask."""
-    if not isinstance(args.start_epoch, int) or args.start_epoch < 1:
-        raise InputError(f"{args.resume} does not say which epoch comes next: give --start-epoch")
+    own = recorded(checkpoint)
+    epochs = (args.start_epoch, checkpoint.get("epoch")) if own else (args.start_epoch,)
+    if not all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs):
+        raise InputError(f"{args.resume} does not say which epoch comes next")
     if explicit.get("pretrained"):
         raise InputError("--pretrained starts a new run: it does not go with --resume")
     folder = run_folder(args, checkpoint)
-    if not recorded(checkpoint):
+    if not own:
         utils.check_vacant(folder, args.overwrite)
         if folder.resolve() == Path(args.resume).resolve().parent:
             raise InputError(f"{args.resume} would be overwritten: choose another --expname or --save")
@@ -243,15 +245,7 @@ def run_test(
     """Evaluates, prints a table, and puts the result under its gate mode into test.json."""
     path = Path(args.resume).parent / utils.TEST
     earlier = utils.read_json(path)
-    result = engine.test(
-        model,
-        data.val,
-        samples=args.gate_samples,
-        seed=args.seed,
-        target_rates=recipe.target_rates,
-        lossfact=recipe.lossfact,
-        topk=recipe.topk,
-    )
+    result = engine.test(model, data.val, samples=args.gate_samples, seed=args.seed, **recipe.evaluation())
     del result["gates_by_class"]
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
@@ -274,16 +268,8 @@ def run_training(
     if data.train.dropped:
         print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     optimizer = make_optimizer(model, args, gate_layers)
-    own, folder = recorded(checkpoint), run_folder(args, checkpoint)
-    first, records, best = args.start_epoch, [], -1.0
-    if checkpoint:
-        best = restore(checkpoint, optimizer, args.resume)
-    if own:
-        done = min(first, checkpoint["epoch"])
-        records = [record for record in utils.read_records(folder) if record["epoch"] < done]
-        if own.get("val_size") != vars(args).get("val_size"):
-            best = -1.0
-            print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+    own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
+    records, best = starting_point(args, checkpoint, optimizer, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
@@ -321,9 +307,24 @@ def run_training(
         print(f"stopped after epoch {last} of {recipe.epochs}; continue with --resume {folder / utils.CHECKPOINT}")
 
 
-def opening_line(
-    folder: Path, data: Data, model: nn.Module, recipe: engine.Recipe, first: int, last: int
-) -> str:
+def starting_point(
+    args: argparse.Namespace, checkpoint: dict | None, optimizer: torch.optim.Optimizer, folder: Path
+) -> tuple[list[dict], float]:
+    """The records of the epochs done and the best accuracy so far; restores the optimizer."""
+    if not checkpoint:
+        return [], -1.0
+    best = restore(checkpoint, optimizer, args.resume)
+    own = recorded(checkpoint)
+    if not own:
+        return [], best
+    if own.get("val_size") != vars(args).get("val_size"):
+        best = -1.0
+        print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+    done = min(args.start_epoch, checkpoint["epoch"])
+    return [record for record in utils.read_records(folder) if record["epoch"] < done], best
+
+
+def opening_line(folder: Path, data: Data, model: nn.Module, recipe: engine.Recipe, first: int, last: int) -> str:
     """What is about to run, in one line."""
     parameters = sum(p.numel() for p in model.parameters())
     return (

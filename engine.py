@@ -68,6 +68,10 @@ class Recipe:
     log_interval: int = 20
     topk: Sequence[int] = (1,)
 
+    def evaluation(self) -> dict[str, Any]:
+        """The keyword arguments of `evaluate` that a recipe decides."""
+        return {"target_rates": self.target_rates, "lossfact": self.lossfact, "topk": self.topk}
+
 
 def target_rate_loss(z: Tensor, target_rates: Tensor) -> Tensor:
     """The paper's target-rate loss, mean_l (t[l] - mean_n z[n, l])^2, for z (N, L) and t (L,)."""
@@ -300,6 +304,16 @@ def mean_of(results: list[Any]) -> Any:
 # ---------------------------------------------------------------------------------------------- the run
 
 
+def keep_matrix(validated: dict[str, Any], folder: Path) -> None:
+    """Rounds the classes x blocks matrix of a record; above MATRIX_CLASSES it goes to a file of its own."""
+    matrix = np.round(validated.pop("gates_by_class"), 4)  # (K, L)
+    if len(matrix) > MATRIX_CLASSES:
+        with utils.atomic_write(folder / utils.MATRIX) as file:
+            np.save(file, matrix)
+    else:
+        validated["gates_by_class"] = matrix.tolist()
+
+
 def fit(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -334,23 +348,11 @@ def fit(
         lr = recipe.lr * lr_factor(recipe, epoch, 1)
         set_lr(optimizer, lr)
         trained = train_epoch(model, optimizer, train, recipe, epoch)
-        validated = evaluate(
-            model,
-            val,
-            target_rates=recipe.target_rates,
-            lossfact=recipe.lossfact,
-            topk=recipe.topk,
-            seed=derive_seed(recipe.seed, "validation", epoch),
-        )
+        validated = evaluate(model, val, seed=derive_seed(recipe.seed, "validation", epoch), **recipe.evaluation())
         check_health(model, validated["loss"], epoch)
         if epoch == epochs.start:
             begin()
-        matrix = np.round(validated.pop("gates_by_class"), 4)  # (K, L)
-        if len(matrix) > MATRIX_CLASSES:
-            with utils.atomic_write(folder / utils.MATRIX) as file:
-                np.save(file, matrix)
-        else:
-            validated["gates_by_class"] = matrix.tolist()
+        keep_matrix(validated, folder)
         seconds = time.perf_counter() - start
         records.append({"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated})
         utils.write_records(folder, records)
