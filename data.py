@@ -31,9 +31,9 @@ SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
 SMALL_SIZE = 32
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CIFAR = {  # class, archive, normalisation
-    # the original's constants: its std is the mean of the images' own stds, smaller than that of all pixels
+    # CIFAR-10: the original's constants; its std is the mean of the images' own stds, smaller than that of all pixels
     "cifar10": (datasets.CIFAR10, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
-    "cifar100": (datasets.CIFAR100, ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023))),
+    "cifar100": (datasets.CIFAR100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
 }
 
 
@@ -152,7 +152,7 @@ def same_classes(train: list[str], other: list[str], where: str) -> None:
 
 
 def pixel_statistics(dataset: str, images: SmallImages) -> tuple[list[float], list[float]]:
-    """The mean and std to normalise with: known constants for CIFAR, measured on these images otherwise."""
+    """The mean and std to normalise with: the known constants for CIFAR, measured on these images otherwise."""
     if dataset in CIFAR:
         mean, std = CIFAR[dataset][1]
         return list(mean), list(std)

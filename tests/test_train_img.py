@@ -92,6 +92,24 @@ def test_pretrained_weights_give_torchvisions_logits(tmp_path, arch):
         torch.testing.assert_close(ours.double()(x)[0], theirs.double()(x), rtol=1e-9, atol=0)
 
 
+def test_the_flag_starts_a_run_from_a_plain_resnet(run, photos, tmp_path):
+    theirs = torchvision.models.resnet50(num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "plain.pth")
+    command = [photos, *TINY, "--epochs", 1, "--lr", 1e-30, "--wd", 0, "--workers", 0, "--save", tmp_path]
+    status, out, _ = run(train_img.main, *command, "--pretrained", tmp_path / "plain.pth", "--expname", "tuned")
+    assert status == 0
+    assert "plain.pth: 320 tensors loaded" in out
+    trained = torch.load(tmp_path / "tuned/checkpoint.pth.tar")["state_dict"]
+    assert torch.equal(trained["layer3.5.conv2.weight"], theirs.state_dict()["layer3.5.conv2.weight"])
+    assert torch.equal(trained["linear.weight"], theirs.state_dict()["fc.weight"])
+    before = (tmp_path / "tuned/checkpoint.pth.tar").read_bytes()
+    status, _, err = run(
+        train_img.main, "--resume", tmp_path / "tuned/checkpoint.pth.tar", "--pretrained", tmp_path / "plain.pth"
+    )
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert (tmp_path / "tuned/checkpoint.pth.tar").read_bytes() == before
+
+
 def test_gates_and_a_head_of_other_classes_stay_fresh(tmp_path):
     theirs = torchvision.models.resnet50(num_classes=3)
     torch.save(theirs.state_dict(), tmp_path / "file")
