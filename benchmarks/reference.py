@@ -1,8 +1,8 @@
 """The yardstick: a ConvNet-AIG computed the way the authors' code computes it.
 
 Every branch runs, the gate is a chain of 4-D operations with two logits, each operation is its own kernel, nothing
-is folded or done in place across the sum, and tensors are contiguous. The parameters are those of `convnet_aig`,
-so that both compute the same function; `tests/test_reference.py` checks it against the golden numbers.
+is folded, and tensors are contiguous. No straw man: ReLUs and sums are in place, as in torchvision. The parameters are those of `convnet_aig`, so that both
+compute the same function; `tests/test_reference.py` checks it against the golden numbers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def gumbel_like(logits: Tensor) -> Tensor:
 def sample_gate(block: GatedBlock, x: Tensor, noise: bool) -> Tensor:
     """One-hot gate decisions with the gradient of softmax, (N, C, H, W) -> (N, 2, 1, 1)."""
     bn = block.fc1bn
-    w = F.avg_pool2d(x, x.shape[2:])
+    w = F.adaptive_avg_pool2d(x, 1)
     w = block.fc1(w)
     if bn.training:
         bn.num_batches_tracked += 1
@@ -47,25 +47,28 @@ class Reference(nn.Module):
         self.noise, self.open_gates = noise, open_gates
 
     def residual(self, block: GatedBlock, x: Tensor) -> Tensor:
-        out = F.relu(block.bn1(block.conv1(x)))
+        out = F.relu(block.bn1(block.conv1(x)), inplace=True)
         out = block.bn2(block.conv2(out))
         if isinstance(block, Bottleneck):
-            out = block.bn3(block.conv3(F.relu(out)))
+            out = block.bn3(block.conv3(F.relu(out, inplace=True)))
         return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(N, 3, H, W) -> logits (N, K) and one (N, 1, 1) tensor per block."""
-        x = F.relu(self.model.bn1(self.model.conv1(x)))
+        x = F.relu(self.model.bn1(self.model.conv1(x)), inplace=True)
         if isinstance(self.model, ResNet_ImageNet):
             x = F.max_pool2d(x, 3, 2, 1)
         gates = []
+        scale = torch.mul if torch.is_grad_enabled() else Tensor.mul_  # a gradient needs the branch itself
         for block in self.model.blocks():
             w = sample_gate(block, x, self.noise)
             if self.open_gates:
                 w = torch.ones_like(w)
-            x = F.relu(block.shortcut(x) + self.residual(block, x) * w[:, 1].unsqueeze(1))
+            shortcut = block.shortcut(x)
+            x = scale(self.residual(block, x), w[:, 1].unsqueeze(1)).add_(shortcut)
+            x = F.relu(x, inplace=True)
             gates.append(w[:, 1])
-        x = F.avg_pool2d(x, x.shape[2:]).flatten(1)
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
         return self.model.linear(x), gates
 
 
