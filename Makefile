@@ -16,7 +16,6 @@ demo: .venv/installed
 	$(BIN)/python train.py --test --resume runs/demo/model_best.pth.tar
 
 test: .venv/installed
-	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q
 
 lint: .venv/installed
