@@ -192,17 +192,10 @@ def averages(sums: dict[str, Tensor], count: int, topk: Sequence[int]) -> dict[s
     """Sums over `count` images as the means of a record. Reads from the device, once."""
     names = ["loss_classify", "loss_target", *(f"top{k}" for k in topk)]
     values = torch.stack([*(sums[name] for name in names), sums["gates"].mean()]) / count
-    *means, execution_rate = values.tolist()
-    record = dict(zip(names, means, strict=True))
-    accuracies = {name: 100 * record[name] for name in names[2:]}
-    loss = record["loss_classify"] + record["loss_target"]
-    return {
-        "loss": loss,
-        "loss_classify": record["loss_classify"],
-        "loss_target": record["loss_target"],
-        **accuracies,
-        "execution_rate": execution_rate,
-    }
+    classify, target, *hit_rates, execution_rate = values.tolist()
+    losses = {"loss": classify + target, "loss_classify": classify, "loss_target": target}
+    accuracies = {f"top{k}": 100 * rate for k, rate in zip(topk, hit_rates, strict=True)}
+    return {**losses, **accuracies, "execution_rate": execution_rate}
 
 
 def brief(record: dict[str, Any]) -> str:

@@ -81,15 +81,19 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     return cli.Data(loader, val, normalisation)
 
 
+def make_model(args: argparse.Namespace, num_classes: int) -> ResNet_cifar:
+    """The network of the flags, every block at the same target rate."""
+    blocks = (args.depth - 2) // 6
+    torch.manual_seed(derive_seed(args.seed, "weights"))
+    return ResNet_cifar(BasicBlock, (blocks,) * 3, num_classes, [args.target] * (3 * blocks))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = cli.parse(make_parser(), argv, architecture=("depth",))
-    blocks = (args.depth - 2) // 6
-    target_rates = [args.target] * (3 * blocks)
     loaded = load_data(args, checkpoint)
-    torch.manual_seed(derive_seed(args.seed, "weights"))
-    model = ResNet_cifar(BasicBlock, (blocks,) * 3, len(loaded.val.classes), target_rates)
+    model = make_model(args, len(loaded.val.classes))
     recipe = Recipe(
-        target_rates=target_rates,
+        target_rates=model.target_rates,
         lossfact=args.lossfact,
         lr=args.lr,
         milestones=scaled_milestones(args.epochs) if args.milestones is None else args.milestones,

@@ -18,7 +18,6 @@ from tqdm import tqdm
 import cli
 import train
 import utils
-from convnet_aig import BasicBlock, ResNet_cifar
 
 PERMUTATIONS = 999
 
@@ -57,8 +56,7 @@ def gate_decisions(model: torch.nn.Module, loader: object) -> tuple[np.ndarray, 
 def main() -> None:
     args, checkpoint = cli.parse(train.make_parser(), ["--test", *sys.argv[1:]], ("depth",))
     loaded = train.load_data(args, checkpoint)
-    blocks = (args.depth - 2) // 6
-    model = ResNet_cifar(BasicBlock, (blocks,) * 3, len(loaded.val.classes), [args.target] * (3 * blocks))
+    model = train.make_model(args, len(loaded.val.classes))
     utils.load_weights(model, checkpoint["state_dict"], args.resume)
     model.to(cli.select(args), memory_format=torch.channels_last).gate_mode = args.gate_mode
     z, labels = gate_decisions(model, loaded.val)
