@@ -28,7 +28,7 @@ from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, TrainingError
 
 # flags of one call, never taken over from a checkpoint
-PER_CALL = ("resume", "test", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom")
+PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -42,18 +42,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], Any]:
-    """An argparse type: an int or float in [low, high], and larger than `above`."""
+    """An argparse type: an int or float in [low, high], larger than `above` and smaller than `below`."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
-        if not (low <= value <= high and value > above) or value in (math.inf, -math.inf):
+        if not (low <= value <= high and above < value < below) or value in (math.inf, -math.inf):
             bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
-            bounds += [f"at most {high:g}"] * (high < math.inf)
+            bounds += [f"at most {high:g}"] * (high < math.inf) + [f"below {below:g}"] * (below < math.inf)
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
         return value
 
@@ -96,6 +96,10 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--test", action="store_true", help="evaluate the --resume checkpoint and stop")
     evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
+    evaluation.add_argument("--threshold", type=number(float, above=0, below=1), default=0.5, metavar="P",
+                            help="gate mode argmax opens a gate where P(open) is above this")
+    evaluation.add_argument("--dense", action="store_true",
+                            help="--test: compute every branch and mask it, instead of running only the open ones")
     evaluation.add_argument("--gate-samples", type=positive, default=5, help="seeds of --test --gate-mode sample")
     parser.set_defaults(**defaults)
     return parser
@@ -117,6 +121,8 @@ def parse(
     explicit = {name: value for name, value in explicit.items() if value is not unset and value is not None}
     if args.test and not args.resume:
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
+    if args.dense and not args.test:
+        raise InputError("--dense is for --test: training computes every branch anyway")
     if not args.resume:
         utils.check_vacant(run_folder(args, None), args.overwrite)
         if args.start_epoch > args.epochs:
@@ -225,7 +231,7 @@ def run(
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], args.resume)
     model.to(device, memory_format=torch.channels_last)
-    model.gate_mode = args.gate_mode
+    model.gate_mode, model.threshold = args.gate_mode, args.threshold
     if args.test:
         run_test(args, checkpoint, data, model, recipe)
     else:
@@ -245,7 +251,8 @@ def run_test(
     """Evaluates, prints a table, and puts the result under its gate mode into test.json."""
     path = Path(args.resume).parent / utils.TEST
     earlier = utils.read_json(path)
-    result = engine.test(model, data.val, samples=args.gate_samples, seed=args.seed, **recipe.evaluation())
+    settings = {"samples": args.gate_samples, "seed": args.seed, "dense": args.dense}
+    result = engine.test(model, data.val, **settings, **recipe.evaluation())
     del result["gates_by_class"]
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
@@ -407,14 +414,17 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
         for name in result
         if (value := result.get(f"{name}_std")) is not None
     }
-    everything = ", which runs every branch" if mode in RUNS_EVERYTHING else ""
+    how = ", closed branches skipped" if result["skipping"] else ", closed branches computed and masked"
+    how = ", which runs every branch" if mode in RUNS_EVERYTHING else how
+    threshold = f" at threshold {result['threshold']:g}" if mode == "argmax" else ""
     lines = [
-        f"gate mode {mode}{everything}: {result['images']:,} images, {result['images_per_second']:.0f} images/s",
+        f"gate mode {mode}{threshold}{how}: {result['images']:,} images, {result['images_per_second']:.0f} images/s",
         *(f"  {name:<15}{value:9.2f} %{spread.get(name, '')}" for name, value in result.items() if is_accuracy(name)),
         f"  loss           {result['loss']:9.4f}{spread.get('loss', '')}"
         f"  ({result['loss_classify']:.4f} classification + {result['loss_target']:.4f} target rate)",
         f"  execution rate {result['execution_rate']:9.4f}{spread.get('execution_rate', '')}"
         f"  (target {sum(target_rates) / len(target_rates):.4f})",
+        *describe_compute(result),
         "",
         "  open gates by block (target rate in brackets)",
     ]
@@ -430,6 +440,19 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
     width = max(map(len, shown))
     lines += [f"   {name:<{width}} {rates[name]:.3f} {'#' * round(40 * rates[name])}" for name in shown]
     return "\n".join(lines)
+
+
+def describe_compute(result: dict[str, Any]) -> list[str]:
+    """The lines of the table about computation: true counts, and the paper's convention."""
+    quantile = {name: f"{value / 1e6:.2f}" for name, value in result["macs_quantiles"].items()}
+    return [
+        f"  MMACs an image {result['macs_mean'] / 1e6:9.2f}  ({result['macs_fraction']:.4f} of the dense net's "
+        f"{result['macs_dense'] / 1e6:.2f}; stem, shortcuts, head and gates included)",
+        f"    5 % of the images below {quantile['0.05']}, 50 % below {quantile['0.5']}, 95 % below {quantile['0.95']}; "
+        f"least {quantile['0']}, most {quantile['1']}",
+        f"    in the paper's convention {result['macs_paper'] / 1e6:.2f}: the dense net's x execution rate "
+        f"(twice that are the paper's CIFAR FLOPs)",
+    ]
 
 
 def is_accuracy(name: str) -> bool:

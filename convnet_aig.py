@@ -39,8 +39,18 @@ def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
 
+def draw_noise(num_gates: int, x: Tensor) -> Tensor:
+    """Gumbel noise for the two logits of every gate and image of a batch x, in one draw: (num_gates, N, 2)."""
+    return gumbel_noise(torch.rand(num_gates, len(x), 2, dtype=x.dtype, device=x.device))
+
+
+def log_odds(probability: float) -> float:
+    """The difference of two logits, "execute" - "skip", at which P(open) is `probability`."""
+    return math.log(probability / (1 - probability))
+
+
 class GatedBlock(nn.Module):
-    """A residual block with its gate; subclasses build the branch and define `residual`.
+    """A residual block with its gate; subclasses build the branch and say in which order its `layers` run.
 
     The gate is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
     index 1 means "execute". Its layers are attributes of the block itself because the public parameter
@@ -68,9 +78,16 @@ class GatedBlock(nn.Module):
     def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
         raise NotImplementedError
 
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The convolutions of the branch with their BatchNorms, first to last."""
+        raise NotImplementedError
+
     def residual(self, x: Tensor) -> Tensor:
         """F_l(x): the branch up to its last BatchNorm, (N, C, H, W) -> (N, C', H', W')."""
-        raise NotImplementedError
+        *inner, (last_conv, last_bn) = self.layers()
+        for conv, bn in inner:
+            x = F.relu(bn(conv(x)), inplace=True)
+        return last_bn(last_conv(x))
 
     def gate_logits(self, x: Tensor) -> Tensor:
         """The relevance scores of "skip" and "execute", (N, C, H, W) -> (N, 2)."""
@@ -84,10 +101,10 @@ class GatedBlock(nn.Module):
         logits = self.gate_logits(x)
         if mode == "sample":
             return gumbel_softmax(logits, temperature, hard=True, noise=noise)[:, 1]
-        log_odds = logits[:, 1] - logits[:, 0]
+        score = logits[:, 1] - logits[:, 0]
         if mode == "argmax":  # P(open) > threshold
-            return (log_odds > math.log(threshold / (1 - threshold))).to(x.dtype)
-        return torch.sigmoid(log_odds)  # "expected": P(open)
+            return (score > log_odds(threshold)).to(x.dtype)
+        return torch.sigmoid(score)  # "expected": P(open)
 
     def forward(
         self,
@@ -126,9 +143,8 @@ class BasicBlock(GatedBlock):
         self.conv2 = conv3x3(planes, planes)
         self.bn2 = nn.BatchNorm2d(planes)
 
-    def residual(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return self.bn2(self.conv2(h))
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2)]
 
 
 class Bottleneck(GatedBlock):
@@ -144,10 +160,15 @@ class Bottleneck(GatedBlock):
         self.conv3 = conv1x1(planes, planes * self.expansion)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
 
-    def residual(self, x: Tensor) -> Tensor:
-        h = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        h = F.relu(self.bn2(self.conv2(h)), inplace=True)
-        return self.bn3(self.conv3(h))
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        return [(self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)]
+
+
+def check_gate_mode(mode: str) -> str:
+    """The mode. Raises ValueError if there is none of that name."""
+    if mode not in GATE_MODES:
+        raise ValueError(f"gate_mode {mode!r}: choose from {', '.join(GATE_MODES)}")
+    return mode
 
 
 class AdaptiveResNet(nn.Module):
@@ -199,7 +220,8 @@ class AdaptiveResNet(nn.Module):
         return chain.from_iterable(getattr(self, f"layer{s}") for s in range(1, self.num_stages + 1))
 
     def stem(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""
+        return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
     def forward(self, x: Tensor, temperature: float = 1) -> tuple[Tensor, list[Tensor]]:
         """Classifies images, each through its own inference graph.
@@ -211,14 +233,11 @@ class AdaptiveResNet(nn.Module):
         Returns:
             logits (N, K) and, per block, the multiplier z (N,) that was applied to its branch.
         """
-        mode = "sample" if self.training else self.gate_mode
-        if mode not in GATE_MODES:
-            raise ValueError(f"gate_mode {mode!r}: choose from {', '.join(GATE_MODES)}")
+        mode = "sample" if self.training else check_gate_mode(self.gate_mode)
         x = self.stem(x)
         noise = iter(())
         if mode == "sample":  # the noise of all gates in one draw: a few kernels instead of a few per gate
-            gates = sum(block.gated for block in self.blocks())
-            noise = iter(gumbel_noise(torch.rand(gates, len(x), 2, dtype=x.dtype, device=x.device)))
+            noise = iter(draw_noise(sum(block.gated for block in self.blocks()), x))
         gate_activations = []
         for block in self.blocks():
             block_noise = next(noise, None) if block.gated else None
@@ -250,11 +269,9 @@ class ResNet_cifar(AdaptiveResNet):
         super().__init__()
         self.conv1 = conv3x3(3, 16)
         self.bn1 = nn.BatchNorm2d(16)
+        self.maxpool = nn.Identity()
         features = self.build_stages(block, num_blocks, (16, 32, 64), target_rates)
         self.linear = nn.Linear(features, num_classes)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn1(self.conv1(x)), inplace=True)
 
 
 class ResNet_ImageNet(AdaptiveResNet):
@@ -274,15 +291,12 @@ class ResNet_ImageNet(AdaptiveResNet):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         features = self.build_stages(block, layers, (64, 128, 256, 512), target_rates)
         self.linear = nn.Linear(features, num_classes)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.endswith("fc2"):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def stem(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.max_pool2d(x, 3, stride=2, padding=1)
 
 
 def ResNet110_cifar(nclass: int = 10, target_rates: Sequence[float] | None = None) -> ResNet_cifar:

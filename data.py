@@ -334,7 +334,7 @@ class PhotoLoader:
         device: torch.device | str = "cpu",
     ) -> None:
         source = open_image_folder(folder)
-        self.classes, self.device = source.classes, torch.device(device)
+        self.classes, self.device, self.size = source.classes, torch.device(device), (size, size)
         self.sampler = Batches(len(source), batch_size, seed, shuffle=augment)
         self.dropped = self.sampler.dropped
         self.num_images = len(source) - self.dropped

@@ -19,19 +19,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import inference
 import utils
-from convnet_aig import RUNS_EVERYTHING
+from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet
 from utils import TrainingError, derive_seed, topk_correct
 
+QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
 
 
 class Loader(Protocol):
-    """What `data` offers: `num_images` images of `classes`, in `len` batches; `dropped` images are left out."""
+    """What `data` offers: `num_images` images of `classes`, in `len` batches; `dropped` images are left out.
+
+    `size` is the height and width of an image.
+    """
 
     classes: list[str]
     num_images: int
     dropped: int
+    size: tuple[int, int]
 
     def __len__(self) -> int: ...
 
@@ -209,7 +215,14 @@ def brief(record: dict[str, Any]) -> str:
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: Loader, *, target_rates: Sequence[float], lossfact: float, topk: Sequence[int], seed: int
+    model: nn.Module,
+    loader: Loader,
+    *,
+    target_rates: Sequence[float],
+    lossfact: float,
+    topk: Sequence[int],
+    seed: int,
+    cost: inference.Macs | None = None,
 ) -> dict[str, Any]:
     """Classifies every image once in the model's gate mode. Shapes: L blocks, K classes.
 
@@ -217,11 +230,13 @@ def evaluate(
         target_rates, lossfact: of the target-rate loss, taken here on the rates over the whole set.
         topk: the k of the accuracies.
         seed: of the noise, which only the gate mode "sample" draws.
+        cost: of an image of the loader's size, to count what the images' graphs cost.
 
     Returns:
         loss, loss_classify, loss_target, top-k accuracies in percent; execution_rate (branches run over all L),
         gates (L rates), classes ({name: mean rate}), executed_blocks (number of images with 0..L branches run),
         gates_by_class (K x L rates, NaN for a class without images). Rates are means of the multiplier z.
+        With `cost` also what `compute` returns.
     """
     model.eval()
     torch.manual_seed(seed)
@@ -232,6 +247,7 @@ def evaluate(
     class_counts = torch.zeros(num_classes, dtype=dtype, device=device)
     executed = torch.zeros(num_blocks + 1, dtype=torch.long, device=device)
     sums: dict[str, Tensor] = {}
+    costs, all_labels = [], []
     for images, labels in tqdm(loader.batches(), "evaluating", len(loader), disable=None, leave=False, unit="batch"):
         logits, gates = model(images)
         z = torch.stack(gates, dim=1)  # (N, L)
@@ -242,6 +258,9 @@ def evaluate(
         hits = topk_correct(logits, labels, topk)
         add(sums, loss_classify=F.cross_entropy(logits, labels, reduction="sum"))
         add(sums, gates=run.sum(0), **{f"top{k}": hit for k, hit in zip(topk, hits, strict=True)})
+        if cost:
+            costs.append(cost.executed(run, gates=model.gate_mode != "all"))
+            all_labels.append(labels)
     gates = by_class.sum(0) / loader.num_images  # (L,)
     rates = torch.tensor(target_rates, dtype=dtype, device=device)
     sums["loss_target"] = loader.num_images * lossfact * (rates - gates).square().mean()
@@ -252,20 +271,49 @@ def evaluate(
         "classes": dict(zip(loader.classes, by_class.mean(1).tolist(), strict=True)),
         "executed_blocks": executed.tolist(),
         "gates_by_class": by_class.tolist(),
+        **(compute(torch.cat(costs), torch.cat(all_labels), loader.classes, cost) if cost else {}),
     }
 
 
-def test(model: nn.Module, loader: Loader, *, samples: int, seed: int, **settings: Any) -> dict[str, Any]:
-    """What `--test` reports: `evaluate`, and in gate mode "sample" the mean over `samples` seeds.
+def compute(costs: Tensor, labels: Tensor, classes: Sequence[str], cost: inference.Macs) -> dict[str, Any]:
+    """What the images' inference graphs cost, in multiply-accumulates: costs (N,), labels (N,).
 
     Returns:
-        As `evaluate`, with images, images_per_second and threshold; in mode "sample" also the standard
-        deviation over the seeds (None for one seed) of top1, loss and execution_rate, as NAME_std.
+        macs_mean per image, macs_quantiles ({"0.05": ...}), macs_classes ({name: mean}), macs_dense of the same net
+        with every branch and no gate, and macs_fraction, their mean over that.
     """
+    quantiles = torch.tensor(QUANTILES, dtype=costs.dtype, device=costs.device)
+    sums, counts = (costs.new_zeros(len(classes)).index_add_(0, labels, of) for of in (costs, torch.ones_like(costs)))
+    mean = costs.mean().item()
+    return {
+        "macs_mean": mean,
+        "macs_dense": cost.dense,
+        "macs_fraction": mean / cost.dense,
+        "macs_quantiles": dict(zip(map(str, QUANTILES), costs.quantile(quantiles).tolist(), strict=True)),
+        "macs_classes": dict(zip(classes, (sums / counts).tolist(), strict=True)),
+    }
+
+
+def test(
+    model: AdaptiveResNet, loader: Loader, *, samples: int, seed: int, dense: bool, **settings: Any
+) -> dict[str, Any]:
+    """What `--test` reports: `evaluate`, and in gate mode "sample" the mean over `samples` seeds.
+
+    Args:
+        dense: compute every branch and mask it, instead of running only what the gates open.
+
+    Returns:
+        As `evaluate` and `compute`, with macs_paper (the paper's convention: macs_dense x execution_rate), images,
+        images_per_second, threshold, and `skipping`: whether closed branches were skipped; in mode "sample" also the
+        standard deviation over the seeds (None for one seed) of top1, loss and execution_rate, as NAME_std.
+    """
+    network = model if dense else accelerate(model, loader)
+    skipping = not dense and network.conditional and model.gate_mode not in RUNS_EVERYTHING
+    settings["cost"] = inference.macs(model, loader.size)
     repeats = samples if model.gate_mode == "sample" else 1
     start = time.perf_counter()
     results = [
-        evaluate(model, loader, seed=derive_seed(seed, "test", sample), **settings) for sample in range(repeats)
+        evaluate(network, loader, seed=derive_seed(seed, "test", sample), **settings) for sample in range(repeats)
     ]
     seconds = time.perf_counter() - start
     result = mean_of(results)
@@ -276,10 +324,18 @@ def test(model: nn.Module, loader: Loader, *, samples: int, seed: int, **setting
     images = loader.num_images
     return {
         **result,
+        "macs_paper": result["macs_dense"] * result["execution_rate"],
         "images": images,
         "images_per_second": repeats * images / seconds,
         "threshold": model.threshold,
+        "skipping": skipping,
     }
+
+
+def accelerate(model: AdaptiveResNet, loader: Loader) -> inference.Accelerated:
+    """The accelerated network. On a CPU skipping pays (benchmarks/latency.py); elsewhere a first batch has to tell."""
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return inference.accelerate(model.eval(), None if on_cpu else next(iter(loader.batches()))[0])
 
 
 def mean_of(results: list[Any]) -> Any:

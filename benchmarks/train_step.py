@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,10 +18,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
-from tqdm import tqdm
 
 import utils
 from benchmarks.reference import Reference, target_rate_loss
+from benchmarks.timing import interleaved, where
 from cli import number
 from convnet_aig import BasicBlock, ResNet_cifar
 from data import CIFAR, SmallImageLoader, SmallImages
@@ -57,22 +56,6 @@ def original(blocks: int, images: torch.Tensor, labels: torch.Tensor) -> Callabl
         optimizer.step()
 
     return step
-
-
-def interleaved(
-    contenders: dict[str, Callable[[], object]], rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds per call, in turn, the first two rounds not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in tqdm(range(rounds + 2), "training steps", disable=None, leave=False):
-        for name, call in contenders.items():
-            start = time.perf_counter()
-            call()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 class PilImages(Dataset):
@@ -144,8 +127,8 @@ def main() -> None:
     by_round = {name: statistics.median(ratios) for name, ratios in pairs.items()}  # drift of the machine cancels
     pipelines = input_pipelines(args.images, args.batch_size, device)
 
-    where = f"{utils.device_name(device)}, torch {torch.__version__}, python {platform.python_version()}"
-    print(f"training step, ResNet-{args.depth}, batch {args.batch_size}, float32, {args.rounds} rounds; {where}\n")
+    print(f"training step, ResNet-{args.depth}, batch {args.batch_size}, float32, {args.rounds} rounds; "
+          f"{where(device)}\n")
     print(f"{'':16}{'best s':>10}{'median s':>10}{'images/s':>10}{'AIG / it, best':>16}{'by round':>10}")
     for name in contenders:
         print(f"{name:16}{best[name]:10.4f}{median[name]:10.4f}{args.batch_size / best[name]:10.0f}", end="")
@@ -153,8 +136,9 @@ def main() -> None:
     ratio = pipelines["ours"] / pipelines["torchvision"]
     print(f"\ninput pipeline: {pipelines['ours']:,.0f} images/s, torchvision's PIL transforms in 2 workers "
           f"{pipelines['torchvision']:,.0f} images/s, ratio {ratio:.1f}\n")
-    print(json.dumps({"depth": args.depth, "batch_size": args.batch_size, "rounds": args.rounds, "device": where,
-                      "best_s": best, "median_s": median, "ratio_by_round": by_round, "input_images_per_s": pipelines}))
+    print(json.dumps({"depth": args.depth, "batch_size": args.batch_size, "rounds": args.rounds,
+                      "device": where(device), "best_s": best, "median_s": median,
+                      "ratio_by_round": by_round, "input_images_per_s": pipelines}))
 
 
 if __name__ == "__main__":

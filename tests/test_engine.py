@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,11 +95,11 @@ def test_evaluation_statistics_equal_a_count_image_by_image(model, loader, mode)
 
 
 def test_repeated_tests_agree_and_samples_report_their_spread(model, loader):
-    settings = {"samples": 4, "seed": 1, "target_rates": RATES, "lossfact": 2, "topk": (1,)}
+    settings = {"samples": 4, "seed": 1, "dense": False, "target_rates": RATES, "lossfact": 2, "topk": (1,)}
     first, second = (engine.test(model, loader, **settings) for _ in range(2))
-    assert {k: v for k, v in first.items() if k not in ("classes", "gates_by_class", "images_per_second")} == {
-        k: v for k, v in second.items() if k not in ("classes", "gates_by_class", "images_per_second")
-    }
+    assert first.pop("images_per_second") > 0
+    assert second.pop("images_per_second") > 0
+    np.testing.assert_equal(first, second)  # equal NaNs of the class without images included
     assert "top1_std" not in first
     model.gate_mode = "sample"
     sampled = engine.test(model, loader, **settings)

@@ -156,8 +156,13 @@ def test_a_test_replaces_its_own_mode_only_and_equals_the_validation_of_that_epo
     assert set(results) == {"all", "argmax"}
     validated = json.loads((copied / "metrics.jsonl").read_text().splitlines()[-1])["val"]
     assert results["argmax"]["epoch"] == 6
-    for name in ("loss", "top1", "gates", "classes", "executed_blocks"):
+    assert results["argmax"]["loss"] == pytest.approx(validated["loss"], rel=1e-5)  # folded BatchNorms round
+    for name in ("top1", "gates", "classes", "executed_blocks"):
         assert results["argmax"][name] == validated[name]
+    run(train.main, "--test", "--resume", copied / "checkpoint.pth.tar", "--dense", "--device", "cpu")
+    dense = json.loads((copied / "test.json").read_text())["argmax"]
+    assert dense["loss"] == validated["loss"]
+    assert (dense["skipping"], results["argmax"]["skipping"], results["all"]["skipping"]) == (False, True, False)
 
 
 def test_samples_differ_from_seed_to_seed(run, copied):

@@ -1,0 +1,448 @@
+"""Inference that runs only what the gates open, and counts of what that costs.
+
+In training every branch is computed and multiplied by its gate. Here a closed branch is not computed at all, for any
+batch size: the images whose gate is open are moved to the front of the batch, and the branch runs on that part of the
+activations, in place. The shortcut of a closed identity block costs nothing, because its input is what a ReLU left.
+
+    fast = inference.accelerate(model)      # the outputs of model.eval(), sooner
+    logits, gates = fast(images)
+    cost = inference.macs(model, 224)       # multiply-accumulates, part by part
+
+Source of what is computed: Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, sec. 3.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
+
+from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet, GatedBlock, check_gate_mode, draw_noise, log_odds
+
+# Measured on CPUs (benchmarks/latency.py); they decide about speed, never about results
+CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
+REPACKING = 1 << 17  # bytes of weights that take as long to bring into oneDNN's layout as a convolution to start
+
+
+@functools.cache
+def fused_kernels() -> tuple[Callable, Callable] | None:
+    """oneDNN's convolution with a ReLU, and the one that also adds to its last argument's memory; None without them.
+
+    torch.compile uses them, but they are no public interface: so they are tried before they are trusted.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return None
+    random = torch.Generator().manual_seed(0)  # its own: a seed of the caller's stays what it was
+    weight, bias = torch.randn(8, 8, 3, 3, generator=random), torch.randn(8, generator=random)
+    x, into = torch.randn(2, 2, 4, 4, 8, generator=random).permute(0, 1, 4, 2, 3)  # channels-last
+    expected = F.conv2d(x, weight, bias, 1, 1)
+    try:
+        kernels = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
+        packed, rest = pack(weight, (1, 1), (1, 1), x.shape), (bias, (1, 1), (1, 1), (1, 1), 1)
+        plain = kernels[0](x, packed, *rest, "relu", [], "")
+        added = kernels[1](into.clone(), x, packed, *rest, "add", 1.0, "relu", [], "")
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    right = plain.allclose(expected.relu(), atol=1e-4) and added.allclose((expected + into).relu(), atol=1e-4)
+    return kernels if right else None
+
+
+def pack(weight: Tensor, stride: tuple, padding: tuple, shape: Sequence[int]) -> Tensor:
+    """The weight of a convolution in the layout that oneDNN wants for inputs of this shape, and for no other."""
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, list(shape))
+
+
+class Convolution:
+    """A convolution with its BatchNorm folded in, and the sum and the ReLU that may follow.
+
+    No Module, as nothing below `Accelerated` is: for one small image, Module's own work would take a fifth of the time.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
+        statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        self.stride, self.padding = conv.stride, conv.padding
+        self.hold(weight.detach().contiguous(memory_format=torch.channels_last), bias.detach())
+
+    def hold(self, weight: Tensor, bias: Tensor) -> None:
+        """Takes these for its own and chooses how to compute."""
+        self.weight, self.bias = weight, bias
+        self.fuses = weight.device.type == "cpu" and weight.dtype == torch.float32 and fused_kernels() is not None
+        self.packed: Tensor | None = None  # the weight in oneDNN's layout
+        self.shape: torch.Size | None = None  # of the input for which it was packed
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.hold(function(self.weight), function(self.bias))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "packed": None, "shape": None}  # oneDNN's layout can be neither copied nor saved
+
+    def __call__(self, x: Tensor, relu: bool = True, into: Tensor | None = None) -> Tensor:
+        """relu(conv(x) + into), written over `into` if given: (N, C, H, W) -> (N, C', H', W')."""
+        if not self.fuses:
+            out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
+            out = out if into is None else into.add_(out)
+            return out.relu_() if relu else out
+        shape, activation = x.shape, "relu" if relu else "none"
+        weight = self.packed if shape == self.shape else self.weight_for(shape)
+        plain, added = fused_kernels()
+        if into is None:
+            return plain(x, weight, self.bias, self.padding, self.stride, (1, 1), 1, activation, [], "")
+        return added(into, x, weight, self.bias, self.padding, self.stride, (1, 1), 1, "add", 1.0, activation, [], "")
+
+    def weight_for(self, shape: torch.Size) -> Tensor:
+        """The weight, packed for a single image of this shape.
+
+        Several images share the unpacked one. oneDNN packs it anew in every call then, but their number changes from
+        call to call, and one packed weight for each number would fill the cache with copies.
+        """
+        if shape[0] > 1:
+            return self.weight
+        self.packed, self.shape = pack(self.weight, self.stride, self.padding, shape), shape
+        return self.packed
+
+
+class Gate:
+    """The gate with its BatchNorm folded in, and one output: log-odds of "execute" instead of two logits."""
+
+    def __init__(self, block: GatedBlock) -> None:
+        bn = block.fc1bn
+        statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        weight1, bias1 = fuse_linear_bn_weights(block.fc1.weight.flatten(1), block.fc1.bias, *statistics)
+        skip, execute = block.fc2.weight.detach().flatten(1)
+        self.weight1, self.bias1 = weight1.detach().t().contiguous(), bias1.detach()  # (C, 16), (16,)
+        self.weight2 = (execute - skip)[:, None]  # (16, 1)
+        self.bias2 = block.fc2.bias.detach().diff()  # (1,)
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.weight1, self.bias1 = function(self.weight1), function(self.bias1)
+        self.weight2, self.bias2 = function(self.weight2), function(self.bias2)
+
+    def __call__(self, sums: Tensor, pixels: int) -> Tensor:
+        """Sums over the pixels of each channel, (N, C) -> log-odds (N, 1)."""
+        h = torch.addmm(self.bias1, sums, self.weight1, alpha=1 / pixels).relu_()  # (N, 16)
+        return torch.addmm(self.bias2, h, self.weight2)
+
+
+class Rows:
+    """The activations of images on their way through the network.
+
+    Attributes:
+        x: (N, C, H, W), in channels-last layout and our own to write over.
+        order: the image that each row belongs to.
+        changed: so many first rows of x are not what `sums` was computed from.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.order = x, list(range(len(x)))
+        self.changed = len(x)
+
+    def update(self, x: Tensor, changed: int) -> None:
+        """Takes the output of a block, which differs from its input in the first `changed` rows."""
+        self.x = x
+        if changed > self.changed:
+            self.changed = changed
+
+    def channel_sums(self) -> Tensor:
+        """Sums over the pixels, (N, C). A row that no branch has changed since is not summed again."""
+        if self.changed == len(self.order):
+            self.sums = self.x.sum((2, 3))
+        elif self.changed:
+            self.sums[: self.changed] = self.x[: self.changed].sum((2, 3))
+        self.changed = 0
+        return self.sums
+
+    def to_front(self, chosen: Sequence[bool]) -> None:
+        """Moves the chosen rows before the others: no more rows than have to move."""
+        count = sum(chosen)
+        leaving = [row for row in range(count) if not chosen[row]]
+        coming = [row for row in range(count, len(chosen)) if chosen[row]]
+        if not coming:
+            return
+        source, target = coming + leaving, leaving + coming
+        images = [self.order[row] for row in source]
+        for row, image in zip(target, images, strict=True):
+            self.order[row] = image
+        source, target = torch.tensor([source, target], device=self.x.device)
+        memory = self.x.permute(0, 2, 3, 1).flatten(1)  # channels-last: a view, the layout of the memory itself
+        for values in (memory, self.sums):
+            values.index_copy_(0, target, values.index_select(0, source))
+
+    def in_order(self, values: Tensor) -> Tensor:
+        """Values of the rows, (N, ...), in the order of the images."""
+        if self.order == list(range(len(self.order))):
+            return values
+        index = torch.tensor(self.order, device=values.device)
+        return torch.empty_like(values).index_copy_(0, index, values)
+
+
+class ConditionalBlock:
+    """A residual block that runs its branch only for the images whose gate is open."""
+
+    def __init__(self, block: GatedBlock) -> None:
+        *self.inner, self.last = (Convolution(conv, bn) for conv, bn in block.layers())
+        self.shortcut = Convolution(*block.shortcut) if len(block.shortcut) else None
+        self.gate = Gate(block) if block.gated else None
+
+    def parts(self) -> list[Convolution | Gate]:
+        return [part for part in (*self.inner, self.last, self.shortcut, self.gate) if part is not None]
+
+    def log_odds(self, rows: Rows) -> Tensor:
+        """What the gate says to each row, (N, 1)."""
+        return self.gate(rows.channel_sums(), rows.x.shape[2] * rows.x.shape[3])
+
+    def run(self, rows: Rows, is_open: Sequence[bool]) -> None:
+        """relu(shortcut(x) + F(x)) for the rows that are open, relu(shortcut(x)) for the others."""
+        count, total = sum(is_open), len(is_open)
+        if 0 < count < total:
+            rows.to_front(is_open)
+        out = rows.x if self.shortcut is None else self.shortcut(rows.x, relu=False)
+        if count == total:
+            self.last(self.branch(rows.x), into=out)
+        elif count:
+            self.last(self.branch(rows.x[:count]), into=out[:count])
+        if self.shortcut is None:
+            rows.update(out, count)  # the others are what a ReLU left: relu(x) = x
+        else:
+            out[count:].relu_()
+            rows.update(out, total)
+
+    def scale(self, rows: Rows, z: Tensor) -> None:
+        """relu(shortcut(x) + z F(x)) for all rows, z (N, 1)."""
+        out = rows.x if self.shortcut is None else self.shortcut(rows.x, relu=False)
+        residual = self.last(self.branch(rows.x), relu=False)
+        rows.update(residual.mul_(z[..., None, None]).add_(out).relu_(), len(out))
+
+    def branch(self, x: Tensor) -> Tensor:
+        """All of the branch but its last convolution."""
+        for conv in self.inner:
+            x = conv(x)
+        return x
+
+
+class Accelerated(nn.Module):
+    """A trained network for inference; made by :func:`accelerate`.
+
+    Attributes:
+        gate_mode, threshold: as of `AdaptiveResNet`. "argmax" and "sample" run only open branches; "expected" and
+            "all" have to run every branch.
+        conditional: if False, "argmax" and "sample" run every branch, too, and multiply it by its gate: nothing is
+            read from the device, and nothing saved.
+    """
+
+    def __init__(self, model: AdaptiveResNet) -> None:
+        super().__init__()
+        self.gate_mode, self.threshold, self.conditional = model.gate_mode, model.threshold, True
+        self.conv1 = Convolution(model.conv1, model.bn1)
+        self.maxpool = model.maxpool
+        self.blocks = [ConditionalBlock(block) for block in model.blocks()]
+        self.linear = copy.deepcopy(model.linear).requires_grad_(False)
+        sizes = [part.weight.nbytes for part in self.parts() if isinstance(part, Convolution)]
+        self.repacking = sum(sizes) / len(sizes) / REPACKING  # in starts of a convolution, for the mean one
+        self.eval()
+
+    def parts(self) -> list[Convolution | Gate]:
+        """All convolutions and gates."""
+        return [self.conv1, *chain.from_iterable(block.parts() for block in self.blocks)]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Accelerated:
+        """What `to` and its like call: moves the convolutions and gates, too."""
+        for part in self.parts():
+            part.move(fn)
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> Accelerated:
+        """Raises RuntimeError for mode True: train the network this one was made from."""
+        if mode:
+            raise RuntimeError("an accelerated network is for inference only: train the one it was made from")
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Classifies images: (N, 3, H, W) -> logits (N, K) and per block z (N,), as the network it was made from.
+
+        In mode "sample" the same seed of the default generator gives the same decisions, too.
+        """
+        size = self.chunk_size(x)
+        if check_gate_mode(self.gate_mode) in RUNS_EVERYTHING or not self.conditional:
+            run = self.masked
+        else:
+            run = self.skipping if min(size, len(x)) > 1 else self.skipping_single
+        chunks = zip(x.split(size), self.bias(x).split(size, dim=1), strict=True)
+        logits, gates = zip(*(run(images, bias) for images, bias in chunks), strict=True)
+        if len(logits) == 1:
+            return logits[0], list(gates[0].unbind())
+        return torch.cat(logits), list(torch.cat(gates, dim=1).unbind())
+
+    def bias(self, x: Tensor) -> Tensor:
+        """What opens a gate for an image if, added to the gate's log-odds, it gives more than 0: (gates, N)."""
+        num_gates = sum(block.gate is not None for block in self.blocks)
+        if self.gate_mode == "sample":
+            noise = draw_noise(num_gates, x)
+            return noise[..., 1] - noise[..., 0]
+        return x.new_full((num_gates, len(x)), -log_odds(self.threshold))
+
+    def chunk_size(self, x: Tensor) -> int:
+        """How many of the images x go through the network together."""
+        if x.device.type != "cpu":
+            return max(1, len(x))
+        size = CHUNK_PIXELS // (x.shape[2] * x.shape[3])
+        return size if size > self.repacking else 1
+
+    def start(self, x: Tensor) -> Rows:
+        return Rows(self.maxpool(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+
+    def finish(self, rows: Rows) -> Tensor:
+        return rows.in_order(self.linear(rows.x.mean((2, 3))))
+
+    def skipping(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs the branches that are open: logits (N, K) and z (L, N).
+
+        The decisions of a gated block are the one thing that it reads from the device.
+        """
+        rows, biases = self.start(x), iter(bias.tolist())
+        z = []
+        for block in self.blocks:
+            if block.gate is None:
+                is_open = [True] * len(x)
+                z.append(is_open)
+            else:
+                scores, added = block.log_odds(rows).tolist(), next(biases)
+                is_open = [score + added[image] > 0 for (score,), image in zip(scores, rows.order, strict=True)]
+                by_image = dict(zip(rows.order, is_open, strict=True))
+                z.append([by_image[image] for image in range(len(x))])
+            block.run(rows, is_open)
+        return self.finish(rows), torch.tensor(z, dtype=rows.x.dtype, device=x.device)
+
+    def skipping_single(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """`skipping` for one image, whose time is mostly overhead: no rows to sort, only branches to take or not."""
+        x, biases = self.start(x).x, iter(bias.flatten().tolist())
+        sums, z = None, []
+        for block in self.blocks:
+            is_open = True
+            if block.gate is not None:
+                sums = x.sum((2, 3)) if sums is None else sums  # after a closed branch x is what it was
+                is_open = block.gate(sums, x.shape[2] * x.shape[3]).item() + next(biases) > 0
+            out = x if block.shortcut is None else block.shortcut(x, relu=False)
+            if is_open:
+                block.last(block.branch(x), into=out)
+            elif block.shortcut is not None:
+                out.relu_()
+            sums = None if is_open or block.shortcut is not None else sums
+            z.append([is_open])
+            x = out
+        return self.linear(x.mean((2, 3))), torch.tensor(z, dtype=x.dtype, device=x.device)
+
+    def masked(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """Runs every branch and multiplies it by its gate: logits (N, K) and z (L, N)."""
+        rows, biases = self.start(x), iter(bias)
+        z = []
+        for block in self.blocks:
+            if block.gate is None or self.gate_mode == "all":
+                z.append(rows.x.new_ones(len(x), 1))
+                block.run(rows, [True] * len(x))
+                continue
+            score = block.log_odds(rows)  # (N, 1)
+            expected = self.gate_mode == "expected"
+            z.append(score.sigmoid() if expected else (score + next(biases)[:, None] > 0).to(score.dtype))
+            block.scale(rows, z[-1])
+        return self.finish(rows), torch.cat(z, dim=1).t()
+
+
+def accelerate(model: AdaptiveResNet, images: Tensor | None = None) -> Accelerated:
+    """An eval-only copy of a network, on its device, that runs only open branches and folds its BatchNorms.
+
+    It returns what `model.eval()` returns, in the gate mode and with the threshold that the model has now (both can be
+    changed later), up to rounding: a gate within rounding of the threshold may decide differently.
+
+    Args:
+        images: a typical batch. On a GPU it can take longer to wait for a decision than to run the branch; given a
+            batch, the faster form is found by trying, and kept in `conditional`. Without one, branches are skipped.
+    """
+    fast = Accelerated(model)
+    if images is not None:
+        fast.conditional = True
+        skipping = seconds(fast, images)
+        fast.conditional = False
+        fast.conditional = skipping <= seconds(fast, images)
+    return fast
+
+
+def seconds(network: nn.Module, images: Tensor, repeats: int = 3) -> float:
+    """The best of several timings of a forward pass, after one to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        network(images)
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+@dataclass(frozen=True)
+class Macs:
+    """Multiply-accumulates for one image, part by part.
+
+    Attributes:
+        stem, head: before the first block, after the last.
+        shortcuts: per block; 0 for the identity.
+        branches: per block.
+        gates: per block, as `accelerate` computes them; 0 for a block without one.
+    """
+
+    stem: int
+    shortcuts: tuple[int, ...]
+    branches: tuple[int, ...]
+    gates: tuple[int, ...]
+    head: int
+
+    @property
+    def dense(self) -> int:
+        """Of the plain ResNet: every branch and no gate."""
+        return self.stem + sum(self.shortcuts) + sum(self.branches) + self.head
+
+    def executed(self, z: Tensor, gates: bool = True) -> Tensor:
+        """Of images that run the branches where z (N, L) is 1, with or without the gates' own share: (N,), float64."""
+        fixed = self.stem + sum(self.shortcuts) + self.head + gates * sum(self.gates)
+        return fixed + z.double() @ torch.tensor(self.branches, dtype=torch.float64, device=z.device)
+
+
+def macs(model: AdaptiveResNet, image_size: int | Sequence[int]) -> Macs:
+    """Multiply-accumulates of the convolutions and linear layers of a network, for one image.
+
+    Args:
+        image_size: height and width in pixels, or one number for both.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    stem, size = convolution_macs(model.conv1, size)
+    size = model.maxpool(torch.empty(1, 1, *size, device="meta")).shape[2:]
+    shortcuts, branches, gates = [], [], []
+    for block in model.blocks():
+        shortcuts.append(convolution_macs(block.shortcut[0], size)[0] if len(block.shortcut) else 0)
+        gates.append(block.fc1.weight.numel() + block.fc1.out_channels if block.gated else 0)
+        branch = 0
+        for conv, _ in block.layers():
+            count, size = convolution_macs(conv, size)
+            branch += count
+        branches.append(branch)
+    return Macs(stem, tuple(shortcuts), tuple(branches), tuple(gates), model.linear.weight.numel())
+
+
+def convolution_macs(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, tuple[int, int]]:
+    """The multiply-accumulates for one image of `size`, and the size of the output."""
+    geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
+    height, width = ((length + 2 * padding - kernel) // stride + 1 for length, kernel, stride, padding in geometry)
+    return conv.weight.numel() * height * width, (height, width)
