@@ -28,7 +28,8 @@ from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, TrainingError
 
 # flags of one call, never taken over from a checkpoint
-PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda", "visdom")
+PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
+PER_CALL += ("visdom", "visdom_server", "visdom_port", "visdom_env")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -81,6 +82,7 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
     run.add_argument("--seed", type=number(int, 0), default=1)
     run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
+    add_visdom_flags(run)
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
     run.add_argument("--log-interval", type=positive, default=20, help="steps between refreshes of the progress bar")
     training = parser.add_argument_group("training")
@@ -103,6 +105,13 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     evaluation.add_argument("--gate-samples", type=positive, default=5, help="seeds of --test --gate-mode sample")
     parser.set_defaults(**defaults)
     return parser
+
+
+def add_visdom_flags(parser: argparse._ActionsContainer) -> None:
+    """Where the visdom server is; user and password come from VISDOM_USERNAME and VISDOM_PASSWORD."""
+    parser.add_argument("--visdom-server", default=dashboard.SERVER, metavar="URL", help="of the visdom server")
+    parser.add_argument("--visdom-port", type=number(int, 1, 65535), default=dashboard.PORT, metavar="PORT")
+    parser.add_argument("--visdom-env", default="", metavar="NAME", help="environment; '' means the name of the run")
 
 
 def parse(
@@ -281,7 +290,7 @@ def run_training(
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
         return
-    kept = describe_run(args, data, recipe)
+    kept = describe_run(args, data, model, recipe)
 
     def begin() -> None:
         """Makes way in the run folder, once there is something to put there."""
@@ -290,6 +299,9 @@ def run_training(
             utils.clear_run_folder(folder)
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
+    board: Any = dashboard.Silent()
+    if args.visdom:
+        board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
     with utils.without_empty_folders(folder):
         utils.make_run_folder(folder)
         if own:
@@ -307,7 +319,7 @@ def run_training(
             best=best,
             args=kept,
             begin=begin,
-            dashboard=dashboard.connect(folder.name, recipe.target_rates) if args.visdom else dashboard.Silent(),
+            dashboard=board,
         )
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
@@ -376,11 +388,14 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> 
     return best
 
 
-def describe_run(args: argparse.Namespace, data: Data, recipe: engine.Recipe) -> dict[str, Any]:
+def describe_run(
+    args: argparse.Namespace, data: Data, model: AdaptiveResNet, recipe: engine.Recipe
+) -> dict[str, Any]:
     """The args that go into args.json and every checkpoint: all flags, and what was derived from the data."""
     mean, std = data.normalisation
     derived = {"classes": data.val.classes, "mean": mean, "std": std}
     derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
+    derived |= {"stages": model.stages}
     flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
     return {**flags, **derived}
 

@@ -182,6 +182,7 @@ class AdaptiveResNet(nn.Module):
             "all": every gate open, the plain ResNet of the same weights.
         threshold: of P(open) in mode "argmax", strictly between 0 and 1.
         target_rates: one rate per block; a block at rate 1 has no gate and always runs.
+        stages: the number of blocks in each.
     """
 
     def __init__(self) -> None:
@@ -204,7 +205,7 @@ class AdaptiveResNet(nn.Module):
         # without rates every block is gated; the rates themselves matter only to the loss
         self.target_rates = None if target_rates is None else check_target_rates(target_rates, total)
         gated = iter([True] * total if target_rates is None else [rate < 1 for rate in target_rates])
-        self.num_stages = len(num_blocks)
+        self.stages = list(num_blocks)
         in_planes = planes[0]
         for stage, (depth, width) in enumerate(zip(num_blocks, planes, strict=True), start=1):
             layers = []
@@ -217,7 +218,7 @@ class AdaptiveResNet(nn.Module):
 
     def blocks(self) -> Iterator[GatedBlock]:
         """The residual blocks, first to last."""
-        return chain.from_iterable(getattr(self, f"layer{s}") for s in range(1, self.num_stages + 1))
+        return chain.from_iterable(getattr(self, f"layer{s}") for s in range(1, len(self.stages) + 1))
 
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""

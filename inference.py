@@ -173,8 +173,7 @@ class Rows:
         for row, image in zip(target, images, strict=True):
             self.order[row] = image
         source, target = torch.tensor([source, target], device=self.x.device)
-        memory = self.x.permute(0, 2, 3, 1).flatten(1)  # channels-last: a view, the layout of the memory itself
-        for values in (memory, self.sums):
+        for values in (self.x.permute(0, 2, 3, 1), self.sums):  # the order of channels-last memory
             values.index_copy_(0, target, values.index_select(0, source))
 
     def in_order(self, values: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device
             "images_per_second": batch / statistics.median(seconds[name]),
             "mac_fraction": fractions[name][0] if name in fractions else None,
             "time_fraction": ratio(name, "own dense form") if name in fractions else None,
+            "time_fraction_best": min(seconds[name]) / min(seconds["own dense form"]) if name in fractions else None,
             "times_yardstick": ratio("yardstick", name),
             "times_torchvision": ratio("torchvision", name),
             "times_torchvision_channels_last": ratio("torchvision, channels-last", name),
@@ -119,7 +120,7 @@ def line(row: dict) -> str:
     """A row of the table."""
 
     def cell(value: float | None, format: str) -> str:
-        return f"{'-' if value is None else format % value:>9}"
+        return f"{'-' if value is None else format % value:>10}"
 
     return f"  {row['contender']:<28}" + "".join(
         [
@@ -128,6 +129,7 @@ def line(row: dict) -> str:
             cell(row["images_per_second"], "%.0f"),
             cell(row["mac_fraction"], "%.3f"),
             cell(row["time_fraction"], "%.3f"),
+            cell(row["time_fraction_best"], "%.3f"),
             cell(row["times_yardstick"], "%.2f"),
             cell(row["times_torchvision"], "%.2f"),
             cell(row["times_torchvision_channels_last"], "%.2f"),
@@ -140,18 +142,19 @@ def main() -> None:
     parser.add_argument("--net", nargs="*", default=list(NETS), choices=NETS)
     parser.add_argument("--batch", nargs="*", type=number(int, 1), help="default: 1 16 128, at 224 px 1 16 32")
     parser.add_argument("--rounds", type=number(int, 1), default=15)
-    parser.add_argument("--slot", type=number(float, 0), default=0.1, help="seconds a turn should last at least")
+    parser.add_argument("--slot", type=number(float, 0), default=0.3, help="seconds a turn should last at least")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
     device = utils.select_device(args.device)
     print(f"conditional execution, float32, median of {args.rounds} interleaved rounds; {where(device)}")
-    print("x: times as fast as the yardstick, torchvision's resnet50, and that in channels-last\n")
+    print("MACs, time: fractions of the own dense form's (best: of the best times); x: times as fast as the yardstick,")
+    print("torchvision's resnet50, and that in channels-last\n")
     rows = []
     for net in args.net:
         size, batches, _ = NETS[net]
         for batch in args.batch or batches:
-            heads = ("open rate", "ms", "images/s", "MACs", "time", "x yard.", "x tv", "x tv c.l.")
-            print(f"{net}, {size} x {size}, batch {batch}".ljust(30) + "".join(f"{head:>9}" for head in heads))
+            heads = ("open rate", "ms", "images/s", "MACs", "time", "best", "x yard.", "x tv", "x tv c.l.")
+            print(f"{net}, {size} x {size}, batch {batch}".ljust(30) + "".join(f"{head:>10}" for head in heads))
             measured = measure(net, batch, args.rounds, args.slot, device)
             print("\n".join(map(line, measured)), flush=True)
             rows += measured

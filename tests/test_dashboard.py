@@ -1,10 +1,16 @@
-"""The dashboard draws every window from the records alone, and a missing server never stops a run."""
+"""Every window shows what the records say, on a real server; no server, however broken, gets in the way of a run."""
 
 import json
 import math
+import os
 import socket
+import subprocess
+import sys
+import threading
 import time
+import types
 
+import numpy as np
 import pytest
 
 pytest.importorskip("visdom", reason="visdom is not installed")
@@ -14,78 +20,315 @@ import dashboard  # noqa: E402
 import train  # noqa: E402
 import utils  # noqa: E402
 
-RATES = [1.0, 0.7, 0.5]
+RUN = {"block_rates": [1.0, 0.7, 0.5], "stages": [2, 1], "epochs": 5, "commands": ["train.py --visdom"]}
+WINDOWS = {
+    "learning_rate", "loss", "top1", "execution_rate", "gates", "classes", "activations", "modules",
+    "executed_blocks", "summary",
+}  # fmt: skip
+TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--device", "cpu", "--visdom"]
 
 
 def record(epoch, loss=1.0):
     part = {"loss": loss, "loss_classify": loss, "loss_target": 0.1, "top1": 50.0 + epoch, "execution_rate": 0.7}
     matrix = [[1.0, 0.2, 0.4], [1.0, 0.6, 0.8]]
     gates = {"gates": [1.0, 0.4, 0.6], "classes": {"ant": 0.5, "bee": 0.8}, "gates_by_class": matrix}
+    gates |= {"executed_blocks": [0, 3, 4, 3]}
     return {"epoch": epoch, "lr": 0.1, "seconds": 1.0, "train": part, "val": {**part, **gates}}
 
 
-def draw(records):
-    board = dashboard.Dashboard("test", RATES)
-    messages = [message for message, _ in dashboard.windows(board.painter, records, RATES)]
-    return {message["win"]: message for message in messages}
-
-
-def traces(window):
-    return {trace.get("name"): trace["y"] for trace in window["data"]}
-
-
-def test_every_window_holds_the_complete_curves_of_the_records():
-    drawn = draw([record(1), record(2), record(3)])
-    names = {"learning_rate", "loss", "top1", "execution_rate", "gates", "classes", "activations", "modules"}
-    assert set(drawn) == names
-    assert traces(drawn["top1"]) == {"train top1": [51.0, 52.0, 53.0], "val top1": [51.0, 52.0, 53.0]}
-    assert traces(drawn["gates"]) == {"block 2": [0.4] * 3, "block 3": [0.6] * 3}  # block 1 always runs
-    assert traces(drawn["classes"]) == {"ant": [0.5] * 3, "bee": [0.8] * 3}
-    assert len(traces(drawn["loss"])) == 6
-    assert drawn["activations"]["data"][0]["z"] == [[1.0, 0.2, 0.4], [1.0, 0.6, 0.8]]
-    assert traces(drawn["modules"])["std / mean over classes"] == pytest.approx([0, 0.5, 1 / 3])
-
-
-def test_a_single_epoch_is_visible_as_a_marker():
-    trace = draw([record(1)])["top1"]["data"][0]
-    assert "markers" in trace["mode"]
-
-
-def test_values_that_are_not_finite_leave_a_gap_and_not_an_invalid_message():
-    message = draw([record(1, loss=math.inf), record(2, loss=None), record(3, loss=math.nan)])["loss"]
-    text = json.dumps(dashboard.finite(message))
-    assert "Infinity" not in text
-    assert math.isnan(traces(dashboard.finite(message))["val loss"][0])
-
-
-def test_many_classes_show_the_least_and_the_most_demanding():
-    wide = record(1)
-    wide["val"]["classes"] = {f"c{k}": k / 100 for k in range(100)}
-    del wide["val"]["gates_by_class"]
-    shown = list(traces(draw([wide])["classes"]))
-    assert shown == [f"c{k}" for k in (*range(10), *range(90, 100))]
-
-
-def test_a_run_without_a_server_warns_once_and_is_not_changed(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard.Dashboard.__init__, "__defaults__", ("http://localhost", free_port()))
-    command = ["--dataset", "digits", "--depth", 8, "--epochs", 3, "--batch-size", 256, "--device", "cpu"]
-    status, _, err = run(train.main, *command, "--save", tmp_path, "--expname", "watched", "--visdom")
-    assert status == 0
-    assert err.count("no answer from") == 1
-    assert run(train.main, *command, "--save", tmp_path, "--expname", "alone")[0] == 0
-    watched, alone = (utils.read_records(tmp_path / name) for name in ("watched", "alone"))
-    assert [r["train"] for r in watched] == [r["train"] for r in alone]
-
-
-def test_a_server_that_accepts_and_never_answers_costs_the_time_out(capsys):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        board = dashboard.Dashboard("test", RATES, "http://127.0.0.1", server.getsockname()[1])
-        start = time.perf_counter()
-        board.update([record(1)])
-        assert time.perf_counter() - start < 2 * dashboard.TIMEOUT
-    assert "no answer from" in capsys.readouterr().err
+def panes(records, run=RUN, matrix=None):
+    return dashboard.panes("a run", records, run, matrix)
 
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+class Server:
+    """A visdom server of our own, without its page (which would need downloads)."""
+
+    def __init__(self, home, **environment):
+        self.home, self.environment, self.port = home, environment, free_port()
+        self.options = ["-enable_login"] if environment else []
+
+    def start(self):
+        command = [sys.executable, "-c", "from visdom.server.run_server import main; main()", "-port", str(self.port)]
+        self.process = subprocess.Popen(
+            [*command, "-bind_local", "-env_path", str(self.home), *self.options],
+            env={**os.environ, "HOME": str(self.home), **self.environment},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for _ in range(300):
+            if self.process.poll() is not None:
+                break
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return self
+            time.sleep(0.1)
+        raise RuntimeError("the visdom server does not start")
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def windows(self, env, names=WINDOWS, **login):
+        """What the server holds, by window."""
+        import visdom
+
+        client = visdom.Visdom(port=self.port, env=env, raise_exceptions=True, use_incoming_socket=False, **login)
+        found = {name: client.get_window_data(name) for name in names}
+        return {name: json.loads(data)["content"] for name, data in found.items() if data}
+
+    @property
+    def flags(self):
+        return ["--visdom-port", self.port]
+
+
+@pytest.fixture
+def server(tmp_path):
+    home = tmp_path / "visdom"
+    home.mkdir()
+    server = Server(home).start()
+    yield server
+    server.kill()
+
+
+def traces(content):
+    return {trace.get("name"): trace["y"] for trace in content["data"]}
+
+
+# ------------------------------------------------------------------------------------------ what is shown
+
+
+def test_every_window_holds_the_complete_curves_of_the_records():
+    shown = panes([record(1), record(2), record(3)])
+    assert set(shown) == WINDOWS
+    assert {name: trace.y for name, trace in shown["top1"].traces.items()} == {
+        "validation": [51.0, 52.0, 53.0],
+        "training": [51.0, 52.0, 53.0],
+    }
+    assert shown["execution_rate"].traces["target"].y == [pytest.approx(2.2 / 3)] * 3
+    gates = {name: trace.y for name, trace in shown["gates"].traces.items()}  # block 1 always runs
+    targets = {"target 0.5": [0.5] * 3, "target 0.7": [0.7] * 3}
+    assert gates == {"block 2 (stage 1)": [0.4] * 3, "block 3 (stage 2)": [0.6] * 3, **targets}
+    assert shown["gates"].traces["block 2 (stage 1)"].colour != shown["gates"].traces["block 3 (stage 2)"].colour
+    assert {name: trace.y for name, trace in shown["classes"].traces.items()} == {"bee": [0.8] * 3, "ant": [0.5] * 3}
+    assert len(shown["loss"].traces) == 6
+    assert shown["activations"].values.tolist() == [[1.0, 0.2, 0.4], [1.0, 0.6, 0.8]]
+    assert shown["modules"].traces["std / mean over the classes"].y == pytest.approx([0, 0.5, 1 / 3])
+    assert shown["executed_blocks"].heights == [0, 3, 4, 3]
+    assert shown["summary"].items["best top-1"].startswith("53.00 % (validation, epoch 3)")
+    assert "3 of 5" in shown["summary"].items["epoch"]
+    assert shown["summary"].items["command"] == "train.py --visdom"
+
+
+def test_of_many_classes_the_most_and_the_least_demanding_are_shown():
+    wide = record(1)
+    wide["val"]["classes"] = {f"c{k}": k / 100 for k in range(99)} | {"none": None}
+    del wide["val"]["gates_by_class"]
+    shown = panes([wide])
+    assert list(shown["classes"].traces) == [f"c{k}" for k in (*range(98, 88, -1), *range(8, -1, -1))] + ["none"]
+    assert "activations" not in shown
+    assert "activations" in panes([wide], matrix=np.zeros((100, 3)))
+
+
+def test_a_run_of_an_older_version_is_shown_too():
+    assert set(panes([record(1)], run={})) == WINDOWS
+
+
+def test_values_that_are_not_finite_leave_a_gap(server):
+    broken = [record(1, loss=math.inf), record(2, loss=None), record(3, loss=math.nan), record(4)]
+    broken[1]["val"]["gates_by_class"][0] = [None] * 3  # a class without images
+    broken[1]["val"]["classes"]["ant"] = None
+    for number in range(1, 5):
+        folder = server.home / "broken"
+        board = dashboard.Dashboard(folder, port=server.port)
+        board.draw(broken[:number])
+        windows = server.windows("broken")
+        assert set(windows) == WINDOWS
+        losses = traces(windows["loss"])["validation total"]
+        assert [value is None or math.isnan(value) for value in losses] == [True, True, True, False][:number]
+
+
+# ------------------------------------------------------------------------------------------ a real server
+
+
+def assert_windows_are_the_records(server, env, folder):
+    records = utils.read_records(folder)
+    windows = server.windows(env)
+    assert set(windows) == WINDOWS
+    run = json.loads((folder / "args.json").read_text())
+    for name, pane in dashboard.panes(folder.name, records, run, None).items():
+        if isinstance(pane, dashboard.Lines):
+            expected = {key: list(trace.y) for key, trace in pane.traces.items()}
+            found = traces(windows[name])
+            assert found.keys() == expected.keys()
+            for key, values in expected.items():
+                assert found[key] == pytest.approx(values, rel=1e-5)
+            assert windows[name]["data"][0]["x"] == list(pane.x)
+    matrix = records[-1]["val"]["gates_by_class"]
+    assert np.allclose(windows["activations"]["data"][0]["z"], matrix, atol=1e-6)
+    assert windows["executed_blocks"]["data"][0]["y"] == records[-1]["val"]["executed_blocks"]
+    assert f"{len(records)} of" in windows["summary"]
+
+
+def test_a_training_shows_its_records_and_a_resumed_one_continues_the_curves(run, server, tmp_path):
+    command = [*TINY, *server.flags, "--save", tmp_path, "--expname", "watched", "--epochs", 3]
+    assert run(train.main, *command, "--stop-after", 2)[::2] == (0, "")
+    folder = tmp_path / "watched"
+    assert_windows_are_the_records(server, "watched", folder)
+    resume = ["--resume", folder / "checkpoint.pth.tar", "--visdom", "--device", "cpu", *server.flags]
+    assert run(train.main, *resume)[::2] == (0, "")
+    assert [record["epoch"] for record in utils.read_records(folder)] == [1, 2, 3]
+    assert_windows_are_the_records(server, "watched", folder)
+
+
+def test_a_server_that_dies_and_comes_back_shows_everything_again(run, server, tmp_path, monkeypatch):
+    states = iter(["up", "down", "down", "up"])
+    draw = dashboard.Dashboard.update
+
+    def update(self, records):
+        if next(states) == "down":
+            server.kill()
+        elif server.process.poll() is not None:
+            server.home = tmp_path / "fresh"  # it has forgotten everything
+            server.home.mkdir()
+            server.start()
+        draw(self, records)
+
+    monkeypatch.setattr(dashboard.Dashboard, "update", update)
+    command = [*TINY, *server.flags, "--save", tmp_path, "--expname", "watched", "--epochs", 4, "--visdom-env", "mine"]
+    status, _, err = run(train.main, *command)
+    assert (status, err.count("visdom:"), err.count("\n")) == (0, 1, 1)
+    assert_windows_are_the_records(server, "mine", tmp_path / "watched")
+
+
+def test_a_server_with_a_login(tmp_path, monkeypatch, capsys):
+    credentials = {"VISDOM_USERNAME": "ann", "VISDOM_PASSWORD": "secret"}
+    home = tmp_path / "visdom"
+    home.mkdir()
+    (home / ".visdom").mkdir()
+    server = Server(home, VISDOM_USE_ENV_CREDENTIALS="1", VISDOM_COOKIE="crumbs", **credentials).start()
+    try:
+        board = dashboard.Dashboard(tmp_path / "run", port=server.port)
+        board.update([record(1)])
+        assert "VISDOM_USERNAME" in capsys.readouterr().err
+        monkeypatch.setenv("VISDOM_USERNAME", "ann")
+        monkeypatch.setenv("VISDOM_PASSWORD", "wrong")
+        board.warned = False
+        board.update([record(1)])
+        assert "VISDOM_PASSWORD" in capsys.readouterr().err
+        monkeypatch.setenv("VISDOM_PASSWORD", "secret")
+        board.update([record(1)])
+        assert capsys.readouterr().err == ""
+        assert set(server.windows("run", username="ann", password="secret")) == WINDOWS
+    finally:
+        server.kill()
+
+
+def test_a_finished_run_is_replayed_and_drawn(run, server, tmp_path, contents):
+    command = [*TINY[:-1], "--save", tmp_path, "--expname", "quiet", "--epochs", 2]
+    assert run(train.main, *command)[0] == 0
+    folder = tmp_path / "quiet"
+    before = contents(folder)
+    status, out, err = run(dashboard.main, folder, *server.flags)
+    assert (status, err, "2 epochs drawn" in out) == (0, "", True)
+    assert_windows_are_the_records(server, "quiet", folder)
+    images = tmp_path / "images"
+    assert run(dashboard.main, folder, "--png", images)[::2] == (0, "")
+    assert {path.name for path in images.iterdir()} == {f"{name}.png" for name in WINDOWS}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in images.iterdir())
+    assert contents(folder) == before
+    for wrong, message in (
+        ([tmp_path / "nothing"], "holds no records"),
+        ([folder, "--visdom-port", free_port()], "no answer from"),
+        ([folder, "--visdom-port", 0], "at least 1"),
+    ):
+        status, _, err = run(dashboard.main, *wrong)
+        assert (status, err.count("\n"), message in err) == (2, 1, True)
+
+
+# ------------------------------------------------------------------------------------------ broken servers
+
+
+def test_a_run_without_a_server_warns_once_and_is_not_changed(run, tmp_path):
+    command = [*TINY[:-1], "--epochs", 3, "--save", tmp_path]
+    status, _, err = run(train.main, *command, "--expname", "watched", "--visdom", "--visdom-port", free_port())
+    assert (status, err.count("no answer from"), err.count("\n")) == (0, 1, 1)
+    assert run(train.main, *command, "--expname", "alone")[0] == 0
+    watched, alone = (utils.read_records(tmp_path / name) for name in ("watched", "alone"))
+    assert [r["train"] for r in watched] == [r["train"] for r in alone]
+
+
+def answer_slowly(listener, seconds):
+    """Accepts, and after a while answers each request with success."""
+    while True:
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            return
+        with connection:
+            connection.settimeout(0.2)
+            try:
+                while True:
+                    connection.recv(1 << 20)
+                    time.sleep(seconds)
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            except OSError:
+                pass
+
+
+@pytest.mark.parametrize("kind", ["never answers", "answers slowly", "refuses"])
+def test_a_broken_server_costs_one_warning_and_two_seconds_an_epoch(kind, tmp_path, capsys):
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    if kind == "answers slowly":
+        threading.Thread(target=answer_slowly, args=(listener, 0.5), daemon=True).start()
+    if kind == "refuses":
+        listener.close()
+    board = dashboard.Dashboard(tmp_path, "127.0.0.1", port)
+    for _ in range(2):
+        start = time.perf_counter()
+        board.update([record(1)])
+        assert time.perf_counter() - start < dashboard.TIMEOUT + 0.5  # half a second for a busy machine
+    assert capsys.readouterr().err.count("visdom:") == 1
+    listener.close()
+
+
+def test_where_visdom_is_missing_the_run_goes_on(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    assert isinstance(dashboard.connect(tmp_path), dashboard.Silent)
+    assert "see the README" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------ size
+
+
+def wide_records(epochs=100, classes=1000, blocks=50):
+    random = np.random.default_rng(0)
+    part = {"loss": 1.0, "loss_classify": 0.9, "loss_target": 0.1, "top1": 50.0, "top5": 70.0, "execution_rate": 0.7}
+    rows = random.random((epochs, blocks)), random.random((epochs, classes))
+    return [
+        {"epoch": e + 1, "lr": 0.1, "seconds": 9.0, "train": part,
+         "val": {**part, "gates": rows[0][e].tolist(), "executed_blocks": [1000] * (blocks + 1),
+                 "classes": {f"n{k:08}": value for k, value in enumerate(rows[1][e].tolist())}}}
+        for e in range(epochs)
+    ]  # fmt: skip
+
+
+def test_a_thousand_classes_and_fifty_gates_stay_small(server, tmp_path):
+    records = wide_records()
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    np.save(folder / utils.MATRIX, np.random.default_rng(1).random((1000, 50)).round(4))
+    utils.write_json(folder / utils.ARGS, {"block_rates": [0.7] * 50, "stages": [3, 8, 36, 3], "epochs": 100})
+    board = dashboard.Dashboard(folder, port=server.port)
+    sent = []
+    board.session = board.login(math.inf)
+    post = board.session.post
+    board.session = types.SimpleNamespace(post=lambda *a, **k: (sent.append(len(k["data"])), post(*a, **k))[1])
+    board.draw(records)  # raises if it takes longer than TIMEOUT
+    assert sum(sent) < 3e6
+    assert set(server.windows("wide", WINDOWS | {"top5"})) == WINDOWS | {"top5"}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import engine
+import inference
 from convnet_aig import BasicBlock, ResNet_cifar
 from data import SmallImageLoader, SmallImages
 from engine import Recipe
@@ -112,6 +113,32 @@ def test_repeated_tests_agree_and_samples_report_their_spread(model, loader):
     assert len(set(each)) > 1
     assert sampled["execution_rate"] == pytest.approx(torch.tensor(each).mean().item())
     assert sampled["execution_rate_std"] == pytest.approx(torch.tensor(each, dtype=torch.float64).std().item())
+
+
+@pytest.mark.parametrize("mode", ["argmax", "all"])
+def test_the_computation_of_a_test_is_counted_image_by_image(model, loader, mode):
+    model.eval().gate_mode = mode
+    settings = {"samples": 1, "seed": 1, "target_rates": RATES, "lossfact": 2, "topk": (1,)}
+    skipping, dense = (engine.test(model, loader, dense=dense, **settings) for dense in (False, True))
+    cost = inference.macs(model, 8)
+    by_image, labels = [], []
+    for images, y in loader.batches():
+        z = torch.stack(model(images)[1], 1).detach()
+        by_image += cost.executed(z, gates=mode != "all").tolist()
+        labels += y.tolist()
+    by_image, labels = np.array(by_image), np.array(labels)
+    assert skipping["macs_mean"] == pytest.approx(by_image.mean())
+    assert skipping["macs_fraction"] == pytest.approx(by_image.mean() / cost.dense)
+    assert skipping["macs_dense"] == cost.dense
+    assert skipping["macs_paper"] == pytest.approx(cost.dense * skipping["execution_rate"])
+    for quantile, value in skipping["macs_quantiles"].items():
+        assert value == pytest.approx(np.quantile(by_image, float(quantile)))
+    for k, name in enumerate(loader.classes[:3]):
+        assert skipping["macs_classes"][name] == pytest.approx(by_image[labels == k].mean())
+    assert (skipping["skipping"], dense["skipping"]) == (mode == "argmax", False)
+    for name in ("macs_mean", "macs_quantiles", "executed_blocks", "gates", "top1"):
+        assert skipping[name] == dense[name]
+    assert skipping["loss"] == pytest.approx(dense["loss"], rel=1e-5)
 
 
 def test_a_training_step_is_the_gradient_of_both_losses(model, loader):

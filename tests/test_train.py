@@ -165,6 +165,24 @@ def test_a_test_replaces_its_own_mode_only_and_equals_the_validation_of_that_epo
     assert (dense["skipping"], results["argmax"]["skipping"], results["all"]["skipping"]) == (False, True, False)
 
 
+def test_a_threshold_trades_computation_for_accuracy_at_test_time(run, copied):
+    found = []
+    for threshold in (0.2, 0.5, 0.9):
+        command = ["--test", "--resume", copied / "checkpoint.pth.tar", "--device", "cpu", "--threshold", threshold]
+        status, out, _ = run(train.main, *command)
+        assert (status, f"at threshold {threshold}" in out, "closed branches skipped" in out) == (0, True, True)
+        assert "in the paper's convention" in out
+        found.append(json.loads((copied / "test.json").read_text())["argmax"])
+    assert [each["threshold"] for each in found] == [0.2, 0.5, 0.9]
+    assert found[0]["macs_mean"] > found[2]["macs_mean"]
+    assert found[0]["execution_rate"] >= found[1]["execution_rate"] >= found[2]["execution_rate"]
+    for threshold in (0, 1, "nan", "half"):
+        status, _, err = run(train.main, *command[:-1], threshold)
+        assert (status, err.count("\n")) == (2, 1)
+    status, _, err = run(train.main, "--dense", "--expname", "x", "--save", copied)
+    assert (status, "--dense is for --test" in err) == (2, True)
+
+
 def test_samples_differ_from_seed_to_seed(run, copied):
     rates = []
     for seed in (1, 2):
