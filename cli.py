@@ -132,6 +132,11 @@ def parse(
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if args.dense and not args.test:
         raise InputError("--dense is for --test: training computes every branch anyway")
+    if args.test and args.visdom:
+        raise InputError("--visdom shows a training: leave it out with --test")
+    where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in explicit]
+    if where and not args.visdom:
+        raise InputError(f"--{where[0].replace('_', '-')} says where to show the run: add --visdom")
     if not args.resume:
         utils.check_vacant(run_folder(args, None), args.overwrite)
         if args.start_epoch > args.epochs:
@@ -439,7 +444,7 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
         f"  ({result['loss_classify']:.4f} classification + {result['loss_target']:.4f} target rate)",
         f"  execution rate {result['execution_rate']:9.4f}{spread.get('execution_rate', '')}"
         f"  (target {sum(target_rates) / len(target_rates):.4f})",
-        *describe_compute(result),
+        *describe_compute(result, masked=not result["skipping"] and mode not in RUNS_EVERYTHING),
         "",
         "  open gates by block (target rate in brackets)",
     ]
@@ -457,12 +462,13 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
     return "\n".join(lines)
 
 
-def describe_compute(result: dict[str, Any]) -> list[str]:
+def describe_compute(result: dict[str, Any], masked: bool) -> list[str]:
     """The lines of the table about computation: true counts, and the paper's convention."""
+    what = "if closed branches were skipped" if masked else "stem, shortcuts, head and gates included"
     quantile = {name: f"{value / 1e6:.2f}" for name, value in result["macs_quantiles"].items()}
     return [
         f"  MMACs an image {result['macs_mean'] / 1e6:9.2f}  ({result['macs_fraction']:.4f} of the dense net's "
-        f"{result['macs_dense'] / 1e6:.2f}; stem, shortcuts, head and gates included)",
+        f"{result['macs_dense'] / 1e6:.2f}; {what})",
         f"    5 % of the images below {quantile['0.05']}, 50 % below {quantile['0.5']}, 95 % below {quantile['0.95']}; "
         f"least {quantile['0']}, most {quantile['1']}",
         f"    in the paper's convention {result['macs_paper'] / 1e6:.2f}: the dense net's x execution rate "

@@ -18,11 +18,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +32,7 @@ from tqdm import tqdm
 import utils
 from utils import InputError
 
-TIMEOUT = 2  # seconds that drawing may take after an epoch
+TIMEOUT = 1.5  # seconds that a training waits for its windows after an epoch
 SHOWN_CLASSES = 20  # curves of so many classes can be told apart
 SERVER, PORT = "http://localhost", 8097
 # Okabe and Ito's colours, which colour-blind readers can tell apart: one a stage, and for a few curves
@@ -119,10 +121,12 @@ def panes(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.nd
     execution = curves("Execution rate", "branches run, fraction", records, {"execution_rate": ""}, limits=(0, 1))
     target = Trace([float(np.mean(rates))] * len(epochs), BLACK, "dot")
     shown["execution_rate"] = Lines(**{**vars(execution), "traces": {**execution.traces, "target": target}})
-    shown["gates"] = gate_curves(records, epochs, rates, stages)
+    if any(not rate >= 1 for rate in rates):
+        shown["gates"] = gate_curves(records, epochs, rates, stages)
     shown["classes"] = class_curves(records, epochs)
     if (rows := val.get("gates_by_class", matrix)) is not None:
         rows = np.array(rows, dtype=float)  # None, for a class without images, becomes NaN
+    if rows is not None and not np.isnan(rows).any(1).all():
         title = f"Activations after epoch {epochs[-1]}: opening rate by class and block"
         groups = [stages.count(stage) for stage in range(max(stages) + 1)]
         shown["activations"] = HeatMap(title, "block", list(val["classes"]), rows, groups)
@@ -211,11 +215,11 @@ def summary(name: str, records: Sequence[dict], run: dict[str, Any]) -> Text:
     accuracies = [record["val"]["top1"] for record in records]
     best = max(range(len(records)), key=lambda i: -math.inf if accuracies[i] is None else accuracies[i])
     epochs = run.get("epochs", last["epoch"])
-    seconds = float(np.median([record["seconds"] for record in records[-5:]]))
+    seconds = float(np.median([record["seconds"] or 0 for record in records[-5:]]))
     left = (epochs - last["epoch"]) * seconds
     items = {
         "epoch": f"{last['epoch']} of {epochs}, {seconds:.0f} s each; {duration(left)} left",
-        "best top-1": f"{accuracies[best]:.2f} % (validation, epoch {records[best]['epoch']})",
+        "best top-1": f"{number(accuracies[best])} % (validation, epoch {records[best]['epoch']})",
         "now": f"top-1 {number(last['val']['top1'])} %, execution rate {number(last['val']['execution_rate'], 3)}",
         "command": " ; ".join(run.get("commands", [])) or "unknown",
         "hardware": str(run.get("hardware", "unknown")),
@@ -273,27 +277,44 @@ class Dashboard:
         import visdom
 
         server = server if "://" in server else f"http://{server}"
-        self.folder, self.url, self.env = folder, f"{server.rstrip('/')}:{port}", env or folder.name
+        self.folder, self.url = folder.resolve(), f"{server.rstrip('/')}:{port}"
+        self.env = (env or self.folder.name).replace("/", "_")  # as the server does
         # builds messages only; sending them ourselves bounds the time that a dead server can take
         self.painter = visdom.Visdom(env=self.env, send=False, use_incoming_socket=False)
         self.new_session, self.failure = requests.Session, requests.RequestException
         self.session: Any = None
+        self.drawing: threading.Thread | None = None
         self.warned = False
 
     def update(self, records: list[dict]) -> None:
-        """Redraws every window from the records of all epochs so far; on failure warns, once."""
-        try:
-            self.draw(records)
-            self.warned = False
-        except self.failure as error:
-            if not self.warned:
-                print(f"visdom: {self.reason(error)}; trying again each epoch", file=sys.stderr)
-            self.warned = True
+        """Redraws every window from the records of all epochs so far, for at most TIMEOUT; on failure warns, once.
 
-    def draw(self, records: list[dict]) -> None:
-        """Redraws every window. Raises `failure` if that cannot be done within TIMEOUT."""
+        It works in a thread, because a time-out of requests does not bound a server that answers byte by byte. One
+        that is still at work at the next epoch is left alone.
+        """
+        if self.drawing and self.drawing.is_alive():
+            return
+        failures: list[str] = []
+
+        def work(records: list[dict]) -> None:
+            try:
+                self.draw(records)
+            except Exception as error:  # whatever it is, it must not end a training; it is reported below
+                failures.append(self.reason(error))
+
+        self.drawing = threading.Thread(target=work, args=(list(records),), daemon=True)
+        self.drawing.start()
+        self.drawing.join(TIMEOUT)
+        if self.drawing.is_alive():
+            failures.append(f"{self.url} is too slow")
+        if failures and not self.warned:
+            print(f"visdom: {failures[0]}; trying again each epoch", file=sys.stderr)
+        self.warned = bool(failures)
+
+    def draw(self, records: list[dict], patience: float = TIMEOUT) -> None:
+        """Redraws every window. Raises `failure` if the server does not take them within `patience` seconds."""
         shown = panes(self.folder.name, records, utils.read_json(self.folder / utils.ARGS), read_matrix(self.folder))
-        deadline = time.monotonic() + TIMEOUT
+        deadline = time.monotonic() + patience
         try:
             if self.session is None:
                 self.session = self.login(deadline)
@@ -307,10 +328,12 @@ class Dashboard:
     def login(self, deadline: float) -> Any:
         """A session; logged in if VISDOM_USERNAME is set, as for a server started with -enable_login."""
         session = self.new_session()
+        session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
         if user := os.environ.get("VISDOM_USERNAME"):
             password = os.environ.get("VISDOM_PASSWORD", "")
             credentials = {"username": user, "password": hashlib.sha256(password.encode()).hexdigest()}
-            session.post(self.url, json=credentials, timeout=left(deadline)).raise_for_status()
+            answer = session.post(self.url, json=credentials, timeout=left(deadline), allow_redirects=False)
+            answer.raise_for_status()
         return session
 
     def post(self, message: dict[str, Any], endpoint: str, deadline: float) -> None:
@@ -324,7 +347,9 @@ class Dashboard:
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (400, 401, 403):
             return f"{self.url} refuses (HTTP {status}): check VISDOM_USERNAME and VISDOM_PASSWORD"
-        return str(error) if "VISDOM_USERNAME" in str(error) else f"no answer from {self.url} ({type(error).__name__})"
+        if isinstance(error, self.failure) and "VISDOM_USERNAME" not in str(error):
+            return f"no answer from {self.url} ({type(error).__name__})"
+        return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | Silent:
@@ -364,7 +389,7 @@ def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:
     if isinstance(pane, Text):
         rows = "".join(f"<b>{html.escape(key)}</b><br>{html.escape(value)}<br>" for key, value in pane.items.items())
         return painter.text(rows, win=window, opts=opts)
-    margins = {"marginleft": 60, "marginright": 20, "margintop": 40, "marginbottom": 45}
+    margins = {"marginleft": 60, "marginright": 20, "margintop": 40, "marginbottom": 60}
     opts |= {"xlabel": pane.xlabel, **margins}
     if isinstance(pane, HeatMap):
         names = [str(column) for column in range(1, pane.values.shape[1] + 1)]
@@ -374,7 +399,11 @@ def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:
         opts |= {"columnnames": names, "rownames": unique(pane.rows)}
         line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "white", "width": 2}}
         shapes = [{**line, "x0": x, "x1": x} for x in (np.cumsum(pane.groups)[:-1] - 0.5).tolist()]
-        opts["layoutopts"] = {"plotly": {"yaxis": {"autorange": "reversed", "automargin": True}, "shapes": shapes}}
+        rows = {"type": "category", "autorange": "reversed", "automargin": True, "tickfont": {"size": 10}}
+        if len(pane.rows) <= 60:
+            rows["dtick"] = 1
+        columns = {"type": "category", "title": {"text": pane.xlabel}}
+        opts["layoutopts"] = {"plotly": {"xaxis": columns, "yaxis": rows, "shapes": shapes}}
         return painter.heatmap(X=pane.values, win=window, opts=opts)
     opts["ylabel"] = pane.ylabel
     if isinstance(pane, Bars):
@@ -389,12 +418,15 @@ def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:
             for name, trace in pane.traces.items()
         }
     }
-    layout: dict[str, Any] = {"hovermode": "closest", "legend": {"font": {"size": 10}}}
+    xaxis: dict[str, Any] = {"title": {"text": pane.xlabel}}
+    yaxis: dict[str, Any] = {"title": {"text": pane.ylabel}}
+    if len(pane.x) <= 12:
+        xaxis["dtick"] = 1  # no half epochs
     if pane.limits:
-        low, high = pane.limits
-        layout["yaxis"] = {"title": {"text": pane.ylabel}, "range": [low - 0.02, high + 0.02]}
+        yaxis["range"] = [pane.limits[0] - 0.02, pane.limits[1] + 0.02]
     elif pane.log:
-        layout["yaxis"] = {"title": {"text": pane.ylabel}, "type": "log"}
+        yaxis |= {"type": "log", "dtick": 1}
+    layout = {"hovermode": "closest", "legend": {"font": {"size": 10}}, "xaxis": xaxis, "yaxis": yaxis}
     opts["layoutopts"] = {"plotly": layout}
     y = np.array([trace.y for trace in traces], dtype=float).T  # (X, traces)
     x = np.array(pane.x, dtype=float)
@@ -403,12 +435,12 @@ def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:
 
 def unique(names: Sequence[str]) -> list[str]:
     """The names, with spaces added to repeated ones: a heat map merges rows of equal names."""
-    seen: dict[str, int] = {}
-    found = []
+    found: dict[str, None] = {}
     for name in names:
-        found.append(name + " " * seen.get(name, 0))
-        seen[name] = seen.get(name, 0) + 1
-    return found
+        while name in found:
+            name += " "
+        found[name] = None
+    return list(found)
 
 
 # ---------------------------------------------------------------------------------------------- matplotlib
@@ -480,15 +512,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     records = utils.read_records(folder)
     if not records:
         raise InputError(f"{args.run} holds no records: give a run folder, with a {utils.METRICS} in it")
-    if args.png:
-        draw_images(folder, records, args.png)
-        return
-    board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
     try:
-        board.draw(records)
-    except board.failure as error:
-        raise InputError(f"{board.reason(error)}: start one with python -m visdom.server, or use --png") from error
-    print(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
+        if args.png:
+            draw_images(folder, records, args.png)
+            return
+        board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+        try:
+            board.draw(records, patience=60)
+        except board.failure as error:
+            raise InputError(f"{board.reason(error)}: start one with python -m visdom.server, or use --png") from error
+        print(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
+    except ImportError as error:
+        raise InputError(f"{error}; see the README on how to install visdom, or draw with --png FOLDER") from error
+    except OSError as error:
+        raise InputError(f"cannot draw into {args.png}: {error}") from error
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, AssertionError, EOFError) as error:
+        raise InputError(f"{args.run} does not hold a run that can be drawn ({error!r})") from error
 
 
 def draw_images(folder: Path, records: list[dict], target: Path) -> None:

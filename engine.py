@@ -236,7 +236,7 @@ def evaluate(
         loss, loss_classify, loss_target, top-k accuracies in percent; execution_rate (branches run over all L),
         gates (L rates), classes ({name: mean rate}), executed_blocks (number of images with 0..L branches run),
         gates_by_class (K x L rates, NaN for a class without images). Rates are means of the multiplier z.
-        With `cost` also what `compute` returns.
+        With `cost` also what `compute` returns: for masked execution, too, the count of the open branches.
     """
     model.eval()
     torch.manual_seed(seed)
@@ -310,6 +310,9 @@ def test(
     network = model if dense else accelerate(model, loader)
     skipping = not dense and network.conditional and model.gate_mode not in RUNS_EVERYTHING
     settings["cost"] = inference.macs(model, loader.size)
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        network.eval()(torch.zeros(2, 3, *loader.size, device=device))  # what happens once shall not be timed
     repeats = samples if model.gate_mode == "sample" else 1
     start = time.perf_counter()
     results = [

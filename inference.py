@@ -41,18 +41,19 @@ def fused_kernels() -> tuple[Callable, Callable] | None:
     """
     if not torch.backends.mkldnn.is_available():
         return None
-    random = torch.Generator().manual_seed(0)  # its own: a seed of the caller's stays what it was
-    weight, bias = torch.randn(8, 8, 3, 3, generator=random), torch.randn(8, generator=random)
-    x, into = torch.randn(2, 2, 4, 4, 8, generator=random).permute(0, 1, 4, 2, 3)  # channels-last
-    expected = F.conv2d(x, weight, bias, 1, 1)
+    options = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
+    weight, bias = torch.randn(8, 8, 3, 3, **options), torch.randn(8, **options)
+    x, into = torch.randn(2, 2, 4, 4, 8, **options).permute(0, 1, 4, 2, 3)  # channels-last
+    with torch.autocast("cpu", enabled=False):
+        expected = F.conv2d(x, weight, bias, 1, 1)
     try:
         kernels = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
         packed, rest = pack(weight, (1, 1), (1, 1), x.shape), (bias, (1, 1), (1, 1), (1, 1), 1)
         plain = kernels[0](x, packed, *rest, "relu", [], "")
         added = kernels[1](into.clone(), x, packed, *rest, "add", 1.0, "relu", [], "")
+        right = plain.allclose(expected.relu(), atol=1e-4) and added.allclose((expected + into).relu(), atol=1e-4)
     except (AttributeError, RuntimeError, TypeError):
         return None
-    right = plain.allclose(expected.relu(), atol=1e-4) and added.allclose((expected + into).relu(), atol=1e-4)
     return kernels if right else None
 
 
@@ -85,6 +86,10 @@ class Convolution:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "packed": None, "shape": None}  # oneDNN's layout can be neither copied nor saved
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.hold(self.weight, self.bias)  # perhaps with another torch, or on another device
 
     def __call__(self, x: Tensor, relu: bool = True, into: Tensor | None = None) -> Tensor:
         """relu(conv(x) + into), written over `into` if given: (N, C, H, W) -> (N, C', H', W')."""
@@ -229,7 +234,7 @@ class ConditionalBlock:
 
 
 class Accelerated(nn.Module):
-    """A trained network for inference; made by :func:`accelerate`.
+    """A trained network for inference; made by :func:`accelerate`. It has no state_dict worth saving: save the network.
 
     Attributes:
         gate_mode, threshold: as of `AdaptiveResNet`. "argmax" and "sample" run only open branches; "expected" and
@@ -245,8 +250,10 @@ class Accelerated(nn.Module):
         self.maxpool = model.maxpool
         self.blocks = [ConditionalBlock(block) for block in model.blocks()]
         self.linear = copy.deepcopy(model.linear).requires_grad_(False)
-        sizes = [part.weight.nbytes for part in self.parts() if isinstance(part, Convolution)]
-        self.repacking = sum(sizes) / len(sizes) / REPACKING  # in starts of a convolution, for the mean one
+        convolutions = [part for part in self.parts() if isinstance(part, Convolution)]
+        mean_size = sum(conv.weight.nbytes for conv in convolutions) / len(convolutions)
+        self.repacking = mean_size / REPACKING  # in starts of a convolution
+        self.poison = sum((0 * conv.weight.sum() + 0 * conv.bias.sum()).item() for conv in convolutions)  # 0 or NaN
         self.eval()
 
     def parts(self) -> list[Convolution | Gate]:
@@ -275,12 +282,13 @@ class Accelerated(nn.Module):
         if check_gate_mode(self.gate_mode) in RUNS_EVERYTHING or not self.conditional:
             run = self.masked
         else:
-            run = self.skipping if min(size, len(x)) > 1 else self.skipping_single
+            run = self.skipping_single if min(size, len(x)) == 1 else self.skipping
         chunks = zip(x.split(size), self.bias(x).split(size, dim=1), strict=True)
         logits, gates = zip(*(run(images, bias) for images, bias in chunks), strict=True)
-        if len(logits) == 1:
-            return logits[0], list(gates[0].unbind())
-        return torch.cat(logits), list(torch.cat(gates, dim=1).unbind())
+        logits, gates = (logits[0], gates[0]) if len(logits) == 1 else (torch.cat(logits), torch.cat(gates, dim=1))
+        if self.conv1.fuses:  # oneDNN's ReLU makes 0 of NaN: what is broken must not look sound
+            logits = logits + (0 * x.sum((1, 2, 3)) + self.poison)[:, None]
+        return logits, list(gates.unbind())
 
     def bias(self, x: Tensor) -> Tensor:
         """What opens a gate for an image if, added to the gate's log-odds, it gives more than 0: (gates, N)."""
@@ -414,9 +422,13 @@ class Macs:
         return self.stem + sum(self.shortcuts) + sum(self.branches) + self.head
 
     def executed(self, z: Tensor, gates: bool = True) -> Tensor:
-        """Of images that run the branches where z (N, L) is 1, with or without the gates' own share: (N,), float64."""
+        """Of images that run the branches where z (N, L) is 1, with or without the gates' own share: (N,).
+
+        In float64, which holds the counts exactly; in float32 on MPS, which has no other.
+        """
+        dtype = torch.float32 if z.device.type == "mps" else torch.float64
         fixed = self.stem + sum(self.shortcuts) + self.head + gates * sum(self.gates)
-        return fixed + z.double() @ torch.tensor(self.branches, dtype=torch.float64, device=z.device)
+        return fixed + z.to(dtype) @ torch.tensor(self.branches, dtype=dtype, device=z.device)
 
 
 def macs(model: AdaptiveResNet, image_size: int | Sequence[int]) -> Macs:
@@ -425,7 +437,7 @@ def macs(model: AdaptiveResNet, image_size: int | Sequence[int]) -> Macs:
     Args:
         image_size: height and width in pixels, or one number for both.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = tuple(image_size) if isinstance(image_size, Sequence) else (int(image_size), int(image_size))
     stem, size = convolution_macs(model.conv1, size)
     size = model.maxpool(torch.empty(1, 1, *size, device="meta")).shape[2:]
     shortcuts, branches, gates = [], [], []

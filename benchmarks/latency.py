@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+import cli
 import inference
 import utils
 from benchmarks.reference import Reference
@@ -162,4 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    cli.main(main, "latency")

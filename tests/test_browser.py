@@ -11,9 +11,7 @@ import pytest
 
 pytest.importorskip("visdom", reason="visdom is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # visdom's own
-
-from test_dashboard import TINY, WINDOWS, Server  # noqa: E402
+from test_dashboard import TINY, WINDOWS, Server, pytestmark  # noqa: E402, F401
 
 import dashboard  # noqa: E402
 import train  # noqa: E402

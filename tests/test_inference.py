@@ -1,6 +1,7 @@
 """The accelerated network has the masked one's outputs, runs only open branches, and costs what is counted."""
 
 import copy
+import math
 import pickle
 from collections import Counter
 
@@ -145,7 +146,7 @@ def test_float32_to_1e_4_away_from_the_threshold(kind):
         clear = distance_to_threshold(model, x) > 1e-5
         assert clear.float().mean() > 0.9
         assert torch.equal(gates[clear], fast_gates[clear])
-        torch.testing.assert_close(fast_logits[clear], logits[clear], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast_logits[clear], logits[clear], rtol=0, atol=1e-4)
 
 
 def distance_to_threshold(model, x):
@@ -178,7 +179,7 @@ def test_after_real_training():
         (logits, gates), (fast_logits, fast_gates) = outputs(model, x), outputs(inference.accelerate(model), x)
         clear = distance_to_threshold(model, x) > 1e-5
         assert torch.equal(gates[clear], fast_gates[clear])
-        torch.testing.assert_close(fast_logits[clear], logits[clear], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fast_logits[clear], logits[clear], rtol=0, atol=1e-4)
     assert_same(model.double(), inference.accelerate(model), x.double())
 
 
@@ -296,6 +297,28 @@ def test_kernels_that_miscompute_or_have_gone_are_not_used(monkeypatch):
 
     monkeypatch.setattr(inference, "pack", gone)
     assert inference.fused_kernels.__wrapped__() is None
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("mode", convnet_aig.GATE_MODES)
+def test_what_is_not_finite_is_not_hidden(n, mode):
+    model, x = cifar(torch.float32), images(n, (16, 16), torch.float32)
+    model.gate_mode = mode
+    fast = inference.accelerate(model)
+    for bad in (math.nan, math.inf):
+        spoilt = x.clone()
+        spoilt[-1, 0, 3, 3] = bad
+        finite = outputs(fast, spoilt)[0].isfinite().all(1)
+        assert finite.tolist() == [True] * (n - 1) + [False]
+    model.conv1.weight.data[0] = math.nan
+    assert not outputs(inference.accelerate(model), x)[0].isfinite().any()
+
+
+def test_no_images_give_no_logits():
+    model = cifar(torch.float32)
+    for model.gate_mode in convnet_aig.GATE_MODES:
+        logits, gates = inference.accelerate(model)(images(0, (16, 16), torch.float32))
+        assert (logits.shape, [z.shape for z in gates]) == ((0, 5), [(0,)] * 7)
 
 
 def test_it_is_for_inference_only_and_leaves_the_network_alone():

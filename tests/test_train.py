@@ -179,8 +179,13 @@ def test_a_threshold_trades_computation_for_accuracy_at_test_time(run, copied):
     for threshold in (0, 1, "nan", "half"):
         status, _, err = run(train.main, *command[:-1], threshold)
         assert (status, err.count("\n")) == (2, 1)
-    status, _, err = run(train.main, "--dense", "--expname", "x", "--save", copied)
-    assert (status, "--dense is for --test" in err) == (2, True)
+    for wrong, message in (
+        (["--dense"], "--dense is for --test"),
+        (["--visdom-port", 8098], "add --visdom"),
+        (["--test", "--resume", copied / "checkpoint.pth.tar", "--visdom"], "leave it out with --test"),
+    ):
+        status, _, err = run(train.main, *wrong, "--save", copied)
+        assert (status, message in err) == (2, True)
 
 
 def test_samples_differ_from_seed_to_seed(run, copied):
