@@ -388,7 +388,7 @@ def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:
     opts: dict[str, Any] = {"title": pane.title, "width": 480, "height": 340}
     if isinstance(pane, Text):
         rows = "".join(f"<b>{html.escape(key)}</b><br>{html.escape(value)}<br>" for key, value in pane.items.items())
-        return painter.text(rows, win=window, opts=opts)
+        return painter.text(f'<div style="padding: 8px">{rows}</div>', win=window, opts=opts)
     margins = {"marginleft": 60, "marginright": 20, "margintop": 40, "marginbottom": 60}
     opts |= {"xlabel": pane.xlabel, **margins}
     if isinstance(pane, HeatMap):
@@ -488,7 +488,7 @@ def figure(pane: Pane) -> Any:
     axes.grid(alpha=0.3)
     if pane.legend and len(pane.traces) > 1:
         outside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if len(pane.traces) > 6 else {"loc": "best"}
-        axes.legend(fontsize="x-small", ncols=1 + len(pane.traces) // 21, **outside)
+        axes.legend(fontsize="x-small", handlelength=3, ncols=1 + len(pane.traces) // 21, **outside)
     return shown
 
 
