@@ -1,11 +1,13 @@
 """The command line that `train.py` and `train_img.py` share: flags, resuming, running, reporting, exit status.
 
-Exit status: 0 done; 2 bad arguments, or missing or unfit input (one line on stderr); 130 interrupted; 1 else.
+Exit status: 0 done; 2 bad arguments, or missing or unfit input (one line on stderr); 128 + the signal that stopped a
+training, which is saved first; 1 else.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import platform
@@ -25,7 +27,7 @@ import dashboard
 import engine
 import utils
 from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
-from utils import InputError, TrainingError
+from utils import InputError, Interrupted, TrainingError
 
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
@@ -78,6 +80,7 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     run.add_argument("--overwrite", action="store_true", help="replace an earlier run of that name")
     run.add_argument("--resume", default="", metavar="FILE", help="continue (or --test) this checkpoint")
     run.add_argument("--stop-after", type=positive, metavar="N", help="end after N more epochs, schedule unchanged")
+    run.add_argument("--checkpoint-minutes", type=above0, metavar="M", help="save in mid-epoch, too, every M minutes")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
     run.add_argument("--seed", type=number(int, 0), default=1)
@@ -147,6 +150,8 @@ def parse(
         args = inherit(parser, own, explicit, architecture, args.resume)
     if not args.test:
         args.start_epoch = explicit.get("start_epoch", checkpoint.get("epoch"))
+        if "start_epoch" in explicit:
+            checkpoint["step"] = 0  # the epoch is to begin anew
         check_resumable(args, checkpoint, explicit)
     return args, checkpoint
 
@@ -290,7 +295,7 @@ def run_training(
         print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     optimizer = make_optimizer(model, args, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
-    records, best = starting_point(args, checkpoint, optimizer, folder)
+    records, best, progress = starting_point(args, checkpoint, optimizer, data.train, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
@@ -307,7 +312,7 @@ def run_training(
     board: Any = dashboard.Silent()
     if args.visdom:
         board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
-    with utils.without_empty_folders(folder):
+    with utils.without_empty_folders(folder), utils.Signals() as signals:
         utils.make_run_folder(folder)
         if own:
             utils.write_records(folder, records)
@@ -325,6 +330,9 @@ def run_training(
             args=kept,
             begin=begin,
             dashboard=board,
+            progress=progress,
+            signals=signals,
+            save_every=60 * (args.checkpoint_minutes or math.inf),
         )
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
@@ -332,20 +340,45 @@ def run_training(
 
 
 def starting_point(
-    args: argparse.Namespace, checkpoint: dict | None, optimizer: torch.optim.Optimizer, folder: Path
-) -> tuple[list[dict], float]:
-    """The records of the epochs done and the best accuracy so far; restores the optimizer."""
+    args: argparse.Namespace,
+    checkpoint: dict | None,
+    optimizer: torch.optim.Optimizer,
+    train: engine.Loader,
+    folder: Path,
+) -> tuple[list[dict], float, engine.Progress]:
+    """The records of the epochs done, the best accuracy so far, how far the next epoch is. Restores the optimizer."""
     if not checkpoint:
-        return [], -1.0
+        return [], -1.0, engine.Progress()
     best = restore(checkpoint, optimizer, args.resume)
     own = recorded(checkpoint)
     if not own:
-        return [], best
+        return [], best, engine.Progress()
     if own.get("val_size") != vars(args).get("val_size"):
         best = -1.0
         print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
     done = min(args.start_epoch, checkpoint["epoch"])
-    return [record for record in utils.read_records(folder) if record["epoch"] < done], best
+    records = [record for record in utils.read_records(folder) if record["epoch"] < done]
+    return records, best, progress_in(args, checkpoint, train)
+
+
+def progress_in(args: argparse.Namespace, checkpoint: dict, train: engine.Loader) -> engine.Progress:
+    """How far the epoch of the checkpoint had come. Raises InputError if it cannot be continued."""
+    names = [field.name for field in dataclasses.fields(engine.Progress)]
+    if args.start_epoch != checkpoint["epoch"] or not checkpoint.get("step"):
+        return engine.Progress()
+    try:
+        progress = engine.Progress(**{name: checkpoint[name] for name in names})
+        expected = min(progress.step * args.batch_size, train.num_images)
+        fit = 0 < progress.step <= len(train) and progress.seen == expected and progress.seconds >= 0
+        fit = fit and all(tensor.isfinite().all() for tensor in progress.sums.values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{args.resume}: what it records of its unfinished epoch is damaged ({error})") from error
+    if not fit:
+        raise InputError(
+            f"{args.resume} stopped in the middle of epoch {checkpoint['epoch']}, which goes on only with the same "
+            f"images and --batch-size; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
+        )
+    return progress
 
 
 def opening_line(folder: Path, data: Data, model: nn.Module, recipe: engine.Recipe, first: int, last: int) -> str:
@@ -496,6 +529,9 @@ def main(script: Callable[[], None], name: str) -> NoReturn:
     except BrokenPipeError:  # as in `train.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Interrupted as stop:
+        print(f"{name}: {stop}", file=sys.stderr)
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the epochs finished before are saved", file=sys.stderr)
         sys.exit(130)

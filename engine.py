@@ -5,11 +5,12 @@ Both scripts train and evaluate through this module. Functions that compute retu
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 import inference
 import utils
 from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet
-from utils import TrainingError, derive_seed, topk_correct
+from utils import Interrupted, TrainingError, derive_seed, topk_correct
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
@@ -137,10 +138,37 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+@dataclass
+class Progress:
+    """How far an epoch has come.
+
+    Attributes:
+        step: steps done.
+        seen: images in them.
+        sums: over these images, see `train_step`.
+        seconds: spent on them by earlier processes.
+    """
+
+    step: int = 0
+    seen: int = 0
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0
+
+
 def train_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader, recipe: Recipe, epoch: int
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    recipe: Recipe,
+    epoch: int,
+    progress: Progress,
+    after_step: Callable[[Callable[[], None]], None] = lambda check: None,
 ) -> dict[str, float]:
-    """Trains for one epoch; step s draws its noise from (seed, epoch, s) alone.
+    """Trains for one epoch, or the rest of one; step s draws its noise from (seed, epoch, s) alone.
+
+    Args:
+        progress: where to begin; brought up to date after each step.
+        after_step: called after each step with a function that raises TrainingError if the epoch must not be saved.
 
     Returns:
         Means over the epoch: loss, loss_classify, loss_target, top-k accuracies in percent, execution_rate.
@@ -150,30 +178,31 @@ def train_epoch(
     """
     model.train()
     rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=next(model.parameters()).device)
-    sums: dict[str, Tensor] = {}
-    seen = 0
+    progress.sums = {name: value.to(rates.device) for name, value in progress.sums.items()}
     first_bad = torch.full((), -1, device=rates.device)  # stays on the device until something is printed anyway
     steps = len(loader)
-    with tqdm(total=steps, desc=f"epoch {epoch}/{recipe.epochs}", disable=None, leave=False, unit="step") as bar:
-        for step, (images, labels) in enumerate(loader.batches(epoch), start=1):
+    description = f"epoch {epoch}/{recipe.epochs}"
+    with tqdm(total=steps, desc=description, initial=progress.step, disable=None, leave=False, unit="step") as bar:
+        for step, (images, labels) in enumerate(loader.batches(epoch, progress.step), start=progress.step + 1):
             if recipe.warmup:
                 set_lr(optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
             torch.manual_seed(derive_seed(recipe.seed, "noise", epoch, step))
             stepped = train_step(model, optimizer, images, labels, rates, recipe)
-            add(sums, **stepped)
-            seen += len(images)
+            add(progress.sums, **stepped)
+            progress.step, progress.seen = step, progress.seen + len(images)
             bad = ~(stepped["loss_classify"] + stepped["loss_target"]).isfinite() & (first_bad < 0)
             first_bad = first_bad.masked_fill(bad, step)
             bar.update()
             if step % (recipe.print_freq if bar.disable else recipe.log_interval) == 0:
                 check_finite(first_bad, epoch)
-                line = brief(averages(sums, seen, recipe.topk))
+                line = brief(averages(progress.sums, progress.seen, recipe.topk))
                 if bar.disable:
                     print(f"epoch {epoch}/{recipe.epochs} step {step}/{steps}  {line}", flush=True)
                 else:
                     bar.set_postfix_str(line)
+            after_step(lambda bad=first_bad: check_finite(bad, epoch))
     check_finite(first_bad, epoch)
-    return averages(sums, seen, recipe.topk)
+    return averages(progress.sums, progress.seen, recipe.topk)
 
 
 def check_finite(first_bad: Tensor, epoch: int) -> None:
@@ -223,6 +252,7 @@ def evaluate(
     topk: Sequence[int],
     seed: int,
     cost: inference.Macs | None = None,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Classifies every image once in the model's gate mode. Shapes: L blocks, K classes.
 
@@ -231,6 +261,7 @@ def evaluate(
         topk: the k of the accuracies.
         seed: of the noise, which only the gate mode "sample" draws.
         cost: of an image of the loader's size, to count what the images' graphs cost.
+        each_batch: called before each batch; it may raise to stop.
 
     Returns:
         loss, loss_classify, loss_target, top-k accuracies in percent; execution_rate (branches run over all L),
@@ -249,6 +280,7 @@ def evaluate(
     sums: dict[str, Tensor] = {}
     costs, all_labels = [], []
     for images, labels in tqdm(loader.batches(), "evaluating", len(loader), disable=None, leave=False, unit="batch"):
+        each_batch()
         logits, gates = model(images)
         z = torch.stack(gates, dim=1)  # (N, L)
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
@@ -380,6 +412,9 @@ def fit(
     args: dict[str, Any],
     begin: Callable[[], None],
     dashboard: Any,
+    progress: Progress,
+    signals: utils.Signals,
+    save_every: float = math.inf,
 ) -> float:
     """Trains through `epochs`, leaving after each a record, a checkpoint, and the best model so far.
 
@@ -391,33 +426,78 @@ def fit(
         args: kept in the checkpoint.
         begin: called once, before the first file is written.
         dashboard: its `update(records)` is called after each epoch.
+        progress: in the first of the epochs.
+        signals: one received saves within the step.
+        save_every: seconds after which a checkpoint is written in the middle of an epoch, too.
 
     Returns:
         The highest top-1 validation accuracy.
+
+    Raises:
+        Interrupted: after a signal; the checkpoint then holds the very step.
     """
+    begin = functools.cache(begin)  # once
+    saved = time.monotonic()
+
+    def save(is_best: bool = False) -> None:
+        nonlocal saved
+        begin()
+        utils.save_checkpoint(checkpoint_of(model, optimizer, epoch, progress, best, args), is_best, folder)
+        saved = time.monotonic()
+
+    def stop() -> None:
+        where = f"epoch {epoch}, {progress.step} of {len(train)} steps"
+        signals.check(f"stopped in {where}; continue with --resume {folder / utils.CHECKPOINT}")
+
+    def after_step(check: Callable[[], None]) -> None:
+        if signals.received or time.monotonic() - saved > save_every:
+            check()
+            progress.seconds = earlier + time.perf_counter() - start
+            save()
+            stop()
+
     for epoch in epochs:
-        start = time.perf_counter()
+        start, earlier = time.perf_counter(), progress.seconds
         lr = recipe.lr * lr_factor(recipe, epoch, 1)
         set_lr(optimizer, lr)
-        trained = train_epoch(model, optimizer, train, recipe, epoch)
-        validated = evaluate(model, val, seed=derive_seed(recipe.seed, "validation", epoch), **recipe.evaluation())
+        trained = train_epoch(model, optimizer, train, recipe, epoch, progress, after_step)
+        seed = derive_seed(recipe.seed, "validation", epoch)
+        try:
+            validated = evaluate(model, val, seed=seed, each_batch=stop, **recipe.evaluation())
+        except Interrupted:
+            progress.seconds = earlier + time.perf_counter() - start
+            save()
+            raise
         check_health(model, validated["loss"], epoch)
-        if epoch == epochs.start:
-            begin()
+        begin()
         keep_matrix(validated, folder)
-        seconds = time.perf_counter() - start
+        seconds = earlier + time.perf_counter() - start
         records.append({"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated})
         utils.write_records(folder, records)
         is_best = validated["top1"] > best
         best = max(best, validated["top1"])
-        state = {"epoch": epoch + 1, "step": 0, "state_dict": model.state_dict(), "best_prec1": best}
-        state |= {"optimizer": optimizer.state_dict(), "args": args}
-        utils.save_checkpoint(state, is_best, folder)
+        epoch, progress = epoch + 1, Progress()
+        save(is_best)
         dashboard.update(records)
-        left = seconds * (epochs.stop - 1 - epoch)
+        left = seconds * (epochs.stop - epoch)
         print(
-            f"epoch {epoch}/{recipe.epochs}  lr {lr:g}  train: {brief(trained)}  val: {brief(validated)}"
+            f"epoch {epoch - 1}/{recipe.epochs}  lr {lr:g}  train: {brief(trained)}  val: {brief(validated)}"
             f"{'  (best)' if is_best else ''}  {seconds:.0f} s, {left / 60:.0f} min left",
             flush=True,
         )
+        if epoch < epochs.stop:
+            stop()
     return best
+
+
+def checkpoint_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epoch: int,
+    progress: Progress,
+    best: float,
+    args: dict[str, Any],
+) -> dict[str, Any]:
+    """What a checkpoint holds: enough to go on in `epoch` after `progress`. Only tensors, dicts, lists and numbers."""
+    state = {"epoch": epoch, "state_dict": model.state_dict(), "best_prec1": best, "optimizer": optimizer.state_dict()}
+    return {**state, **vars(progress), "args": args}

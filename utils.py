@@ -7,7 +7,9 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,6 +31,45 @@ class InputError(Exception):
 
 class TrainingError(Exception):
     """A training that cannot go on, a non-finite loss for instance: one line; exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; what it had done is saved.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.number = number
+
+
+class Signals:
+    """Inside of a `with`, the first SIGINT, SIGTERM or SIGUSR1 is only noted, in `received`; the next acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
+            handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+            self.usual = {number: signal.signal(number, self.note) for number in handled}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.__exit__()
+
+    def check(self, message: str) -> None:
+        """Raises Interrupted with this message if a signal was received."""
+        if self.received:
+            raise Interrupted(self.received, message)
 
 
 # ---------------------------------------------------------------------------------------------- seeds and devices

@@ -200,14 +200,15 @@ def test_warm_up_reaches_the_optimizer_at_every_step(model, loader):
     optimizer = sgd(model)
     step = optimizer.step
     optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), step())
-    engine.train_epoch(model, optimizer, loader, replace(RECIPE, warmup=1), 1)
+    engine.train_epoch(model, optimizer, loader, replace(RECIPE, warmup=1), 1, engine.Progress())
     assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1])
 
 
 def test_gates_learn_their_target_rates(model, loader):
     optimizer = sgd(model.train())
+    recipe = replace(RECIPE, lossfact=20)
     losses = [
-        engine.train_epoch(model, optimizer, loader, replace(RECIPE, lossfact=20), epoch)["loss_target"]
+        engine.train_epoch(model, optimizer, loader, recipe, epoch, engine.Progress())["loss_target"]
         for epoch in range(1, 16)
     ]
     assert sum(losses[-3:]) < 0.3 * sum(losses[:3])
@@ -223,4 +224,4 @@ def test_a_non_finite_loss_ends_training_naming_epoch_and_step(model, loader, ca
 
     model.forward = broken
     with pytest.raises(TrainingError, match="epoch 5, step 2"):
-        engine.train_epoch(model, sgd(model), loader, RECIPE, 5)
+        engine.train_epoch(model, sgd(model), loader, RECIPE, 5, engine.Progress())

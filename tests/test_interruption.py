@@ -1,0 +1,166 @@
+"""A signal saves the very step, and the resumed run ends bit for bit where the uninterrupted one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import train
+import train_img
+import utils
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--target", 0.7, "--device", "cpu", "--epochs", 3]
+STEPS = 6  # an epoch of 1437 digits
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing disturbed."""
+    save = tmp_path_factory.mktemp("runs")
+    train.main([str(value) for value in [*DIGITS, "--save", save, "--expname", "straight"]])
+    return save / "straight"
+
+
+def records(folder):
+    lines = (folder / utils.METRICS).read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def assert_same_run(folder, other):
+    assert records(folder) == records(other)
+    for name in (utils.CHECKPOINT, utils.BEST):
+        first, second = (torch.load(path / name, weights_only=True) for path in (folder, other))
+        assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
+        for state, same in zip(*(each["optimizer"]["state"].values() for each in (first, second)), strict=True):
+            assert torch.equal(state["momentum_buffer"], same["momentum_buffer"])
+        for key in ("epoch", "step", "seen", "best_prec1"):
+            assert first[key] == second[key]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def at_call(monkeypatch, name, number, action):
+    """Runs `action` before the number-th call of an engine's function."""
+    function, calls = getattr(engine, name), iter(range(1, 1 << 30))
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(engine, name, wrapped)
+
+
+def resume(run, main, folder, *more):
+    return run(main, "--resume", folder / utils.CHECKPOINT, "--device", "cpu", *more)
+
+
+@pytest.mark.parametrize(
+    ("number", "function", "call", "position"),
+    [
+        (signal.SIGINT, "train_step", 1, "epoch 1, 1 of 6 steps"),
+        (signal.SIGTERM, "train_step", STEPS + 3, "epoch 2, 3 of 6 steps"),
+        (signal.SIGUSR1, "train_step", 2 * STEPS, "epoch 2, 6 of 6 steps"),
+        (signal.SIGTERM, "evaluate", 1, "epoch 1, 6 of 6 steps"),
+        (signal.SIGTERM, "check_health", 2, "epoch 3, 0 of 6 steps"),
+    ],
+)
+def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(
+    run, straight, tmp_path, monkeypatch, number, function, call, position
+):
+    usual = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        at_call(patch, function, call, lambda: os.kill(os.getpid(), number))
+        status, _, err = run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight")
+    folder = tmp_path / "straight"
+    assert (status, err.count("\n")) == (128 + number, 1)
+    assert position in err
+    assert f"continue with --resume {folder / utils.CHECKPOINT}" in err
+    assert signal.getsignal(number) == usual
+    assert resume(run, train.main, folder)[::2] == (0, "")
+    assert_same_run(folder, straight)
+
+
+def test_a_timer_saves_in_mid_epoch_and_a_crash_loses_no_more(run, straight, tmp_path, monkeypatch):
+    def crash():
+        raise RuntimeError("a crash")
+
+    with monkeypatch.context() as patch:
+        at_call(patch, "train_step", STEPS + 5, crash)
+        with pytest.raises(RuntimeError, match="a crash"):
+            run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight", "--checkpoint-minutes", 1e-9)
+    folder = tmp_path / "straight"
+    checkpoint = torch.load(folder / utils.CHECKPOINT, weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"], checkpoint["seen"]) == (2, 4, 4 * 256)
+    assert resume(run, train.main, folder)[::2] == (0, "")
+    assert_same_run(folder, straight)
+
+
+def test_photographs_with_workers_too(run, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    command = [tmp_path / "photos", "--image-size", 32, "--batch-size", 4, "--epochs", 2, "--workers", 2]
+    command += ["--device", "cpu", "--expname", "run", "--lr", 0.01]
+    assert run(train_img.main, *command, "--save", tmp_path / "straight")[0] == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, "train_step", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status, _, err = run(train_img.main, *command, "--save", tmp_path / "stopped")
+    assert (status, err.count("\n"), "epoch 2, 3 of 5 steps" in err) == (143, 1, True)
+    assert resume(run, train_img.main, tmp_path / "stopped" / "run")[0] == 0
+    assert_same_run(tmp_path / "stopped" / "run", tmp_path / "straight" / "run")
+
+
+def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, monkeypatch, contents):
+    with monkeypatch.context() as patch:
+        at_call(patch, "train_step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight")
+    folder = tmp_path / "straight"
+    before = contents(folder)
+    status, _, err = resume(run, train.main, folder, "--batch-size", 128)
+    assert (status, err.count("\n"), "--start-epoch 1" in err) == (2, 1, True)
+    checkpoint = torch.load(folder / utils.CHECKPOINT, weights_only=True)
+    broken = [("step", "two"), ("step", 99), ("sums", []), ("sums", {"gates": 1}), ("seen", None), ("seconds", -1)]
+    for key, value in broken:
+        torch.save({**checkpoint, key: value}, folder / "broken.pth.tar")
+        status, _, err = run(train.main, "--resume", folder / "broken.pth.tar", "--device", "cpu")
+        assert (status, err.count("\n")) == (2, 1)
+    (folder / "broken.pth.tar").unlink()
+    assert contents(folder) == before
+    assert resume(run, train.main, folder, "--batch-size", 128, "--start-epoch", 1)[::2] == (0, "")
+    assert [record["epoch"] for record in records(folder)] == [1, 2, 3]
+
+
+def test_a_second_signal_acts_as_usual():
+    with utils.Signals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(utils.Interrupted, match="SIGINT: told you"):
+        signals.check("told you")
+
+
+def test_a_real_process_exits_with_128_and_the_signal(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, DIGITS), "--epochs", "500", "--print-freq", "1"]
+    command += ["--save", str(tmp_path), "--expname", "real"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "step 3/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 143
+    assert err.startswith("train.py: SIGTERM: stopped in epoch")
+    assert utils.load_checkpoint(tmp_path / "real" / utils.CHECKPOINT)["step"] > 0
