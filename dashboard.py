@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -120,7 +120,7 @@ def panes(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.nd
         shown[accuracy] = curves(f"Top-{accuracy[3:]} accuracy", "accuracy, %", records, {accuracy: ""})
     execution = curves("Execution rate", "branches run, fraction", records, {"execution_rate": ""}, limits=(0, 1))
     target = Trace([float(np.mean(rates))] * len(epochs), BLACK, "dot")
-    shown["execution_rate"] = Lines(**{**vars(execution), "traces": {**execution.traces, "target": target}})
+    shown["execution_rate"] = replace(execution, traces={**execution.traces, "target": target})
     if any(not rate >= 1 for rate in rates):
         shown["gates"] = gate_curves(records, epochs, rates, stages)
     shown["classes"] = class_curves(records, epochs)
@@ -218,7 +218,7 @@ def summary(name: str, records: Sequence[dict], run: dict[str, Any]) -> Text:
     seconds = float(np.median([record["seconds"] or 0 for record in records[-5:]]))
     left = (epochs - last["epoch"]) * seconds
     items = {
-        "epoch": f"{last['epoch']} of {epochs}, {seconds:.0f} s each; {duration(left)} left",
+        "epoch": f"{last['epoch']} of {epochs}, {seconds:.0f} s each; {tqdm.format_interval(left)} left",
         "best top-1": f"{number(accuracies[best])} % (validation, epoch {records[best]['epoch']})",
         "now": f"top-1 {number(last['val']['top1'])} %, execution rate {number(last['val']['execution_rate'], 3)}",
         "command": " ; ".join(run.get("commands", [])) or "unknown",
@@ -231,11 +231,6 @@ def summary(name: str, records: Sequence[dict], run: dict[str, Any]) -> Text:
 
 def number(value: float | None, digits: int = 2) -> str:
     return "not finite" if value is None else f"{value:.{digits}f}"
-
-
-def duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def stage_of_each_block(stages: Sequence[int], total: int) -> list[int]:
@@ -337,7 +332,8 @@ class Dashboard:
         return session
 
     def post(self, message: dict[str, Any], endpoint: str, deadline: float) -> None:
-        text = json.dumps(finite({**message, "eid": self.env}))
+        # an infinity would make the window vanish; None leaves a gap
+        text = json.dumps(utils.strict({**message, "eid": self.env}), allow_nan=False)
         answer = self.session.post(f"{self.url}/{endpoint}", data=text, timeout=left(deadline), allow_redirects=False)
         answer.raise_for_status()
         if answer.is_redirect:  # to the login page
@@ -370,17 +366,6 @@ def read_matrix(folder: Path) -> np.ndarray | None:
 def left(deadline: float) -> float:
     """Seconds to a deadline, for a time-out, which must be above 0."""
     return max(0.01, deadline - time.monotonic())
-
-
-def finite(value: Any) -> Any:
-    """Numbers with 6 digits and infinities as NaN, which leaves a gap: an infinity would make the window vanish."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else math.nan
-    return value
 
 
 def render(painter: Any, window: str, pane: Pane) -> tuple[dict, str]:

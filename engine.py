@@ -370,7 +370,7 @@ def test(
 def accelerate(model: AdaptiveResNet, loader: Loader) -> inference.Accelerated:
     """The accelerated network.
 
-    On a CPU it always skips: that pays for the paper's networks (benchmarks/latency.py), and a choice by the clock
+    On a CPU it always skips: that mostly pays for the paper's networks (results/latency.log), and a choice by the clock
     would make results round differently from run to run. Elsewhere a first batch has to tell.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"

@@ -28,7 +28,7 @@ from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet, GatedBlock, check_gate_mode, draw_noise, log_odds
 
-# Measured on CPUs (benchmarks/latency.py); they decide about speed, never about results
+# Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
 REPACKING = 1 << 17  # bytes of weights that take as long to bring into oneDNN's layout as a convolution to start
 
@@ -65,7 +65,7 @@ def pack(weight: Tensor, stride: tuple, padding: tuple, shape: Sequence[int]) ->
 class Convolution:
     """A convolution with its BatchNorm folded in, and the sum and the ReLU that may follow.
 
-    No Module, as nothing below `Accelerated` is: for one small image, Module's own work would take a fifth of the time.
+    No Module, as nothing below `Accelerated` is: for one small image, the work of Module itself would be felt.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
