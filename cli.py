@@ -295,7 +295,7 @@ def run_training(
         print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
     optimizer = make_optimizer(model, args, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
-    records, best, progress = starting_point(args, checkpoint, optimizer, data.train, folder)
+    records, best, progress = starting_point(args, checkpoint, optimizer, data.train, recipe, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
@@ -344,6 +344,7 @@ def starting_point(
     checkpoint: dict | None,
     optimizer: torch.optim.Optimizer,
     train: engine.Loader,
+    recipe: engine.Recipe,
     folder: Path,
 ) -> tuple[list[dict], float, engine.Progress]:
     """The records of the epochs done, the best accuracy so far, how far the next epoch is. Restores the optimizer."""
@@ -358,10 +359,12 @@ def starting_point(
         print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
     done = min(args.start_epoch, checkpoint["epoch"])
     records = [record for record in utils.read_records(folder) if record["epoch"] < done]
-    return records, best, progress_in(args, checkpoint, train)
+    return records, best, progress_in(args, checkpoint, train, recipe)
 
 
-def progress_in(args: argparse.Namespace, checkpoint: dict, train: engine.Loader) -> engine.Progress:
+def progress_in(
+    args: argparse.Namespace, checkpoint: dict, train: engine.Loader, recipe: engine.Recipe
+) -> engine.Progress:
     """How far the epoch of the checkpoint had come. Raises InputError if it cannot be continued."""
     names = [field.name for field in dataclasses.fields(engine.Progress)]
     if args.start_epoch != checkpoint["epoch"] or not checkpoint.get("step"):
@@ -370,7 +373,10 @@ def progress_in(args: argparse.Namespace, checkpoint: dict, train: engine.Loader
         progress = engine.Progress(**{name: checkpoint[name] for name in names})
         expected = min(progress.step * args.batch_size, train.num_images)
         fit = 0 < progress.step <= len(train) and progress.seen == expected and progress.seconds >= 0
-        fit = fit and all(tensor.isfinite().all() for tensor in progress.sums.values())
+        names = ["loss_classify", "loss_target", *(f"top{k}" for k in recipe.topk)]
+        shapes = {"gates": (len(recipe.target_rates),), **dict.fromkeys(names, ())}
+        fit = fit and {name: tuple(values.shape) for name, values in progress.sums.items()} == shapes
+        fit = fit and all(values.isfinite().all() for values in progress.sums.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{args.resume}: what it records of its unfinished epoch is damaged ({error})") from error
     if not fit:

@@ -132,7 +132,8 @@ def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, m
     status, _, err = resume(run, train.main, folder, "--batch-size", 128)
     assert (status, err.count("\n"), "--start-epoch 1" in err) == (2, 1, True)
     checkpoint = torch.load(folder / utils.CHECKPOINT, weights_only=True)
-    broken = [("step", "two"), ("step", 99), ("sums", []), ("sums", {"gates": 1}), ("seen", None), ("seconds", -1)]
+    broken = [("step", "two"), ("step", 99), ("seen", None), ("seconds", -1), ("sums", []), ("sums", {})]
+    broken += [("sums", {"gates": 1}), ("sums", {**checkpoint["sums"], "gates": torch.zeros(2)})]
     for key, value in broken:
         torch.save({**checkpoint, key: value}, folder / "broken.pth.tar")
         status, _, err = run(train.main, "--resume", folder / "broken.pth.tar", "--device", "cpu")
