@@ -7,6 +7,7 @@ training, which is saved first; 1 else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,10 +26,12 @@ from torch import nn
 
 import dashboard
 import engine
+import processes
 import utils
 from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, Interrupted, TrainingError
 
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
 PER_CALL += ("visdom", "visdom_server", "visdom_port", "visdom_env")
@@ -98,6 +101,15 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     training.add_argument("--weight-decay", "--wd", type=number(float, 0))
     training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
+    speed = parser.add_argument_group("speed of training")
+    switch = argparse.BooleanOptionalAction
+    speed.add_argument("--amp", default="off", choices=AMP, help="mixed precision; gates and losses stay in float32")
+    speed.add_argument("--compile", action=switch, default=False, help="torch.compile: slow to start, then faster")
+    speed.add_argument("--channels-last", action=switch, default=True, help="memory format of images and weights")
+    speed.add_argument("--fused", action=switch, help="fused SGD (default: on CUDA)")
+    speed.add_argument("--tf32", action=switch, help="TF32 products on NVIDIA GPUs (default: torch's own, in "
+                                                     "convolutions only)")
+    speed.add_argument("--sync-bn", action="store_true", help="BatchNorm over the images of all processes' GPUs")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--test", action="store_true", help="evaluate the --resume checkpoint and stop")
     evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
@@ -171,7 +183,9 @@ def inherit(
         value = own.get(action.dest)
         if value is None or action.dest in PER_CALL:
             continue
-        if action.nargs == 0:
+        if isinstance(action, argparse.BooleanOptionalAction):
+            typed.append(action.option_strings[value is False])
+        elif action.nargs == 0:
             typed += action.option_strings[:1] * (value is True)
         elif not action.option_strings:
             typed.insert(0, str(value))
@@ -249,7 +263,9 @@ def run(
     check_gates(checkpoint, recipe.target_rates, args.resume)
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], args.resume)
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if args.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model.gate_mode, model.threshold = args.gate_mode, args.threshold
     if args.test:
         run_test(args, checkpoint, data, model, recipe)
@@ -258,7 +274,7 @@ def run(
 
 
 def select(args: argparse.Namespace) -> torch.device:
-    """The device that --device and --no-cuda ask for."""
+    """The device that --device and --no-cuda ask for; of several GPUs the one of this process."""
     if args.no_cuda and args.device not in ("auto", "cpu"):
         raise InputError(f"--no-cuda contradicts --device {args.device}")
     return utils.select_device("cpu" if args.no_cuda else args.device)
@@ -276,7 +292,8 @@ def run_test(
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     print(describe(result, args.gate_mode, recipe.target_rates))
-    utils.write_json(path, {**earlier, args.gate_mode: result})
+    if processes.world().leads:
+        utils.write_json(path, {**earlier, args.gate_mode: result})
     print(f"written to {path}")
 
 
@@ -289,13 +306,20 @@ def run_training(
     gate_layers: Sequence[str],
 ) -> None:
     """Trains from the start, or from where the checkpoint stopped."""
-    if data.train.num_images < 2:
-        raise InputError("there are fewer than two training images: BatchNorm of the gates needs two")
+    world = processes.world()
+    if args.batch_size < 2 * world.size or data.train.num_images < 2 * world.size:
+        raise InputError(
+            f"--batch-size {args.batch_size} and {data.train.num_images} training images: each of {world.size} "
+            "process(es) needs two images of a batch, for the BatchNorm of the gates"
+        )
     if data.train.dropped:
-        print("the last batch of each epoch would be one image and is left out: BatchNorm of the gates needs two")
-    optimizer = make_optimizer(model, args, gate_layers)
+        print(
+            f"the last batch of each epoch would have {data.train.dropped} image(s) and is left out: "
+            "BatchNorm of the gates needs two in each process"
+        )
+    trainer = make_trainer(args, model, recipe, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
-    records, best, progress = starting_point(args, checkpoint, optimizer, data.train, recipe, folder)
+    records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
@@ -310,19 +334,20 @@ def run_training(
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
     board: Any = dashboard.Silent()
-    if args.visdom:
-        board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
-    with utils.without_empty_folders(folder), utils.Signals() as signals:
-        utils.make_run_folder(folder)
-        if own:
-            utils.write_records(folder, records)
+    with contextlib.ExitStack() as stack:
+        signals = stack.enter_context(utils.Signals())
+        if world.leads:
+            stack.enter_context(utils.without_empty_folders(folder))
+            utils.make_run_folder(folder)
+            if own:
+                utils.write_records(folder, records)
+            if args.visdom:
+                board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
         print(opening_line(folder, data, model, recipe, first, last), flush=True)
         best = engine.fit(
-            model,
-            optimizer,
+            trainer,
             data.train,
             data.val,
-            recipe,
             folder=folder,
             epochs=range(first, last + 1),
             records=records,
@@ -342,15 +367,14 @@ def run_training(
 def starting_point(
     args: argparse.Namespace,
     checkpoint: dict | None,
-    optimizer: torch.optim.Optimizer,
+    trainer: engine.Trainer,
     train: engine.Loader,
-    recipe: engine.Recipe,
     folder: Path,
 ) -> tuple[list[dict], float, engine.Progress]:
-    """The records of the epochs done, the best accuracy so far, how far the next epoch is. Restores the optimizer."""
+    """The records of the epochs done, the best accuracy so far, how far the next epoch is. Restores the trainer."""
     if not checkpoint:
         return [], -1.0, engine.Progress()
-    best = restore(checkpoint, optimizer, args.resume)
+    best = restore(checkpoint, trainer, args.resume)
     own = recorded(checkpoint)
     if not own:
         return [], best, engine.Progress()
@@ -359,7 +383,7 @@ def starting_point(
         print("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
     done = min(args.start_epoch, checkpoint["epoch"])
     records = [record for record in utils.read_records(folder) if record["epoch"] < done]
-    return records, best, progress_in(args, checkpoint, train, recipe)
+    return records, best, progress_in(args, checkpoint, train, trainer.recipe)
 
 
 def progress_in(
@@ -390,26 +414,49 @@ def progress_in(
 def opening_line(folder: Path, data: Data, model: nn.Module, recipe: engine.Recipe, first: int, last: int) -> str:
     """What is about to run, in one line."""
     parameters = sum(p.numel() for p in model.parameters())
+    size = processes.world().size
     return (
         f"{folder}: {parameters:,} parameters, {len(recipe.target_rates)} blocks, "
         f"{data.train.num_images:,} training and {data.val.num_images:,} validation images of "
         f"{len(data.val.classes)} classes, epochs {first} to {last}, "
-        f"{utils.device_name(next(model.parameters()).device)}"
+        f"{utils.device_name(next(model.parameters()).device)}{f' in each of {size} processes' if size > 1 else ''}"
     )
 
 
-def make_optimizer(model: nn.Module, args: argparse.Namespace, gate_layers: Sequence[str]) -> torch.optim.SGD:
-    """SGD with momentum, the parameters of `gate_layers` at learning rate lr * lrfact."""
+def make_trainer(
+    args: argparse.Namespace, model: AdaptiveResNet, recipe: engine.Recipe, gate_layers: Sequence[str]
+) -> engine.Trainer:
+    """The trainer that the flags ask for: SGD with momentum, `gate_layers` at learning rate lr * lrfact."""
+    device, world = next(model.parameters()).device, processes.world()
+    if args.sync_bn and world.size > 1:
+        if device.type != "cuda":
+            raise InputError(f"--sync-bn: torch has it for GPUs only, and this is {device.type}")
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
     gates, others = [], []
     for name, parameter in model.named_parameters():
         (gates if set(name.split(".")) & set(gate_layers) else others).append(parameter)
     groups = [{"params": others, "lr_factor": 1.0}, {"params": gates, "lr_factor": float(args.lrfact)}]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=args.lr,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        fused=device.type == "cuda" if args.fused is None else args.fused,  # else the fp16 scaler waits for the GPU
+    )
+    return engine.Trainer(
+        model,
+        optimizer,
+        recipe,
+        amp=AMP[args.amp],
+        compile=args.compile,
+        channels_last=args.channels_last,
+        world=world,
+    )
 
 
-def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> float:
-    """Restores the optimizer's state. Returns the best accuracy so far."""
+def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
+    """Restores the state of the optimizer and the scaler. Returns the best accuracy so far."""
+    optimizer = trainer.optimizer
     best = checkpoint.get("best_prec1", -1)
     best = best.item() if isinstance(best, torch.Tensor) and best.numel() == 1 else best  # as some old files have it
     if not isinstance(best, (int, float)) or not math.isfinite(best):
@@ -425,6 +472,10 @@ def restore(checkpoint: dict, optimizer: torch.optim.Optimizer, source: str) -> 
         for index, buffer in buffers.items():
             if buffer is not None and tuple(buffer.shape) != shapes[index]:
                 raise ValueError(f"momentum {index} of another shape")
+        if trainer.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
+            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in scaler.values()):
+                raise ValueError("its scaler is malformed")
+            trainer.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
@@ -459,6 +510,7 @@ def environment(model: nn.Module) -> dict[str, Any]:
             "torchvision": torchvision.__version__,
         },
         "hardware": utils.device_name(next(model.parameters()).device),
+        "processes": processes.world().size,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 
@@ -520,25 +572,39 @@ def is_accuracy(name: str) -> bool:
 
 
 def main(script: Callable[[], None], name: str) -> NoReturn:
-    """Runs a script's main and ends the process with the exit status of the module's docstring."""
+    """Runs a script's main, as one of several processes if torchrun started it, and ends the process."""
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF data, which nothing here reads
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # --workers is the user's to choose
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels, where it means nothing
+    with processes.joined() as failures:
+        if not processes.world().leads:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+        if status := outcome(script, name, failures):
+            sys.exit(status)
+    sys.exit(0)
+
+
+def outcome(script: Callable[[], None], name: str, failures: processes.Failures) -> int:
+    """Runs a script's main and returns the exit status of this module's docstring, with its one line on stderr."""
     try:
         script()
         sys.stdout.flush()
+        return 0
     except InputError as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"{name}: error: {' '.join(str(error).split())}", 2
     except TrainingError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(1)
+        line, status = f"{name}: {error}", 1
     except BrokenPipeError:  # as in `train.py ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        return 1
     except Interrupted as stop:
-        print(f"{name}: {stop}", file=sys.stderr)
-        sys.exit(128 + stop.number)
+        line, status = f"{name}: {stop}", 128 + stop.number
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; the epochs finished before are saved", file=sys.stderr)
-        sys.exit(130)
-    sys.exit(0)
+        line, status = f"{name}: interrupted; the epochs finished before are saved", 130
+    except Exception:
+        if failures.first():
+            raise
+        return 1  # because another process failed, and said why
+    if failures.first():
+        print(line, file=sys.stderr)
+    return status

@@ -39,9 +39,9 @@ def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_planes, planes, 1, stride, bias=False)
 
 
-def draw_noise(num_gates: int, x: Tensor) -> Tensor:
-    """Gumbel noise for the two logits of every gate and image of a batch x, in one draw: (num_gates, N, 2)."""
-    return gumbel_noise(torch.rand(num_gates, len(x), 2, dtype=x.dtype, device=x.device))
+def draw_noise(num_gates: int, num_images: int, like: Tensor) -> Tensor:
+    """Gumbel noise for the two logits of every gate and image, in one draw: (num_gates, N, 2)."""
+    return gumbel_noise(torch.rand(num_gates, num_images, 2, dtype=like.dtype, device=like.device))
 
 
 def log_odds(probability: float) -> float:
@@ -90,11 +90,13 @@ class GatedBlock(nn.Module):
         return last_bn(last_conv(x))
 
     def gate_logits(self, x: Tensor) -> Tensor:
-        """The relevance scores of "skip" and "execute", (N, C, H, W) -> (N, 2)."""
-        h = x.sum((2, 3)) / (x.shape[2] * x.shape[3])  # (N, C); unlike mean's, sum's gradient is a mere view
-        h = F.linear(h, self.fc1.weight.flatten(1), self.fc1.bias)  # (N, 16)
-        h = F.relu(self.fc1bn(h))
-        return F.linear(h, self.fc2.weight.flatten(1), self.fc2.bias)  # (N, 2)
+        """The relevance scores of "skip" and "execute", (N, C, H, W) -> (N, 2), never in reduced precision."""
+        with torch.autocast(x.device.type, enabled=False):
+            h = x.sum((2, 3), dtype=self.fc1.weight.dtype)  # (N, C); unlike mean's, sum's gradient is a mere view
+            h = h / (x.shape[2] * x.shape[3])
+            h = F.linear(h, self.fc1.weight.flatten(1), self.fc1.bias)  # (N, 16)
+            h = F.relu(self.fc1bn(h))
+            return F.linear(h, self.fc2.weight.flatten(1), self.fc2.bias)  # (N, 2)
 
     def gate(self, x: Tensor, mode: str, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
         """The multiplier z of the branch, (N, C, H, W) -> (N,)."""
@@ -103,7 +105,7 @@ class GatedBlock(nn.Module):
             return gumbel_softmax(logits, temperature, hard=True, noise=noise)[:, 1]
         score = logits[:, 1] - logits[:, 0]
         if mode == "argmax":  # P(open) > threshold
-            return (score > log_odds(threshold)).to(x.dtype)
+            return (score > log_odds(threshold)).to(score.dtype)
         return torch.sigmoid(score)  # "expected": P(open)
 
     def forward(
@@ -128,7 +130,7 @@ class GatedBlock(nn.Module):
         if not self.gated or mode == "all":
             return F.relu(residual.add_(shortcut), inplace=True), x.new_ones(len(x))
         z = self.gate(x, mode, threshold, temperature, noise)
-        out = (residual * z.view(-1, 1, 1, 1)).add_(shortcut)
+        out = (residual * z.to(residual.dtype).view(-1, 1, 1, 1)).add_(shortcut)
         return F.relu(out, inplace=True), z
 
 
@@ -220,28 +222,35 @@ class AdaptiveResNet(nn.Module):
         """The residual blocks, first to last."""
         return chain.from_iterable(getattr(self, f"layer{s}") for s in range(1, len(self.stages) + 1))
 
+    @property
+    def num_gates(self) -> int:
+        return sum(block.gated for block in self.blocks())
+
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""
         return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
-    def forward(self, x: Tensor, temperature: float = 1) -> tuple[Tensor, list[Tensor]]:
+    def forward(
+        self, x: Tensor, temperature: float = 1, noise: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Classifies images, each through its own inference graph.
 
         Args:
             x: (N, 3, H, W).
             temperature: of the Gumbel-softmax; it changes gradients, never decisions.
+            noise: (num_gates, N, 2) Gumbel noise to sample with, as `draw_noise` draws it; drawn here if None.
 
         Returns:
             logits (N, K) and, per block, the multiplier z (N,) that was applied to its branch.
         """
         mode = "sample" if self.training else check_gate_mode(self.gate_mode)
+        if mode == "sample" and noise is None:  # of all gates in one draw: a few kernels instead of a few per gate
+            noise = draw_noise(self.num_gates, len(x), x)
+        by_gate = iter(() if noise is None else noise)
         x = self.stem(x)
-        noise = iter(())
-        if mode == "sample":  # the noise of all gates in one draw: a few kernels instead of a few per gate
-            noise = iter(draw_noise(sum(block.gated for block in self.blocks()), x))
         gate_activations = []
         for block in self.blocks():
-            block_noise = next(noise, None) if block.gated else None
+            block_noise = next(by_gate, None) if block.gated else None
             x, z = block(x, mode, self.threshold, temperature, block_noise)
             gate_activations.append(z)
         return self.linear(x.mean((2, 3))), gate_activations

@@ -23,9 +23,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
-from tqdm import tqdm
 
-from utils import InputError, derive_seed, get_mean_and_std, without_empty_folders
+import processes
+from processes import World
+from utils import InputError, derive_seed, get_mean_and_std, progress_bar, without_empty_folders
 
 SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
 SMALL_SIZE = 32
@@ -75,7 +76,7 @@ def load_small_images(dataset: str, root: str | Path, train: bool) -> SmallImage
 def _cifar(dataset: str, root: Path, train: bool) -> SmallImages:
     source = CIFAR[dataset][0]
     try:
-        with without_empty_folders(root):
+        with processes.world().leader_first(), without_empty_folders(root):
             found = source(root, train, download=True)  # downloads only what is not there
     except (OSError, RuntimeError) as error:
         raise InputError(
@@ -101,8 +102,7 @@ def _class_folder(root: Path, train: bool) -> SmallImages:
     found = open_image_folder(split)
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         arrays = pool.map(_read_small, [path for path, _ in found.samples])
-        progress = tqdm(arrays, f"reading {split}", len(found), unit="image", disable=None, leave=False)
-        images = torch.from_numpy(np.stack(list(progress)))
+        images = torch.from_numpy(np.stack(list(progress_bar(arrays, f"reading {split}", len(found), "image"))))
     return SmallImages(images, torch.tensor(found.targets), found.classes)
 
 
@@ -169,18 +169,25 @@ def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]
     return images.subset(order[count:]), images.subset(order[:count])
 
 
+def odd_images(count: int, batch_size: int, world: World) -> int:
+    """Images of the last training batch if they are too few: BatchNorm of a gate needs two in every process."""
+    last = count % batch_size
+    return last if last < 2 * world.size else 0
+
+
 class SmallImageLoader:
     """Batches of normalised images from a uint8 tensor on the device, without worker processes.
 
     Args:
         source: the images.
-        batch_size: images per batch; the last one is smaller, and left out when training if it has one image
-            (BatchNorm of a gate needs two).
+        batch_size: images per batch, of all processes together; the last one is smaller, and left out when training
+            if it is too small, see `odd_images`.
         normalisation: mean and std per channel, in units of [0, 1].
         augment: None for evaluation (in order, as they are), or "crop" or "crop+flip": shuffled, with torchvision's
             RandomCrop(size, padding=size // 8), the padding black before normalising, and RandomHorizontalFlip().
         seed: of shuffling and augmentation.
         device: where the images are kept.
+        world: the processes, each of which gets its share of every batch, whatever is random in it included.
     """
 
     def __init__(
@@ -192,9 +199,11 @@ class SmallImageLoader:
         augment: str | None = None,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        world: World = processes.ALONE,
     ) -> None:
         self.classes, self.batch_size, self.augment, self.seed = source.classes, batch_size, augment, seed
-        self.dropped = int(augment is not None and len(source) % batch_size == 1)
+        self.world = world
+        self.dropped = odd_images(len(source), batch_size, world) if augment else 0
         self.num_images = len(source) - self.dropped
         self.size = source.images.shape[1:3]  # (H, W)
         self.padding = self.size[0] // 8 if augment else 0
@@ -208,19 +217,24 @@ class SmallImageLoader:
         return -(-self.num_images // self.batch_size)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on."""
+        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on.
+
+        They are this process's share of each batch, which may be empty in evaluation.
+        """
         device = self.images.device
         if self.augment:
             shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
             order = torch.randperm(len(self.labels), generator=shuffle)[: self.num_images].to(device)
         for step in range(start, len(self)):
-            chosen = slice(step * self.batch_size, min((step + 1) * self.batch_size, self.num_images))
+            batch = slice(step * self.batch_size, min((step + 1) * self.batch_size, self.num_images))
+            share = self.world.share(batch.stop - batch.start)
             if self.augment:
                 random = torch.Generator(device).manual_seed(derive_seed(self.seed, "augment", epoch, step))
-                images = self.crop(order[chosen], *self.draw(chosen.stop - chosen.start, random))
-                yield self.normalise(images), self.labels[order[chosen]]
+                chosen = order[batch][share]
+                draws = (drawn[share] for drawn in self.draw(batch.stop - batch.start, random))
+                yield self.normalise(self.crop(chosen, *draws)), self.labels[chosen]
             else:
-                yield self.normalise(self.images[chosen]), self.labels[chosen]
+                yield self.normalise(self.images[batch][share]), self.labels[batch][share]
 
     def draw(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Random top and left edges of the crops in the padded images, and who is flipped: three (N,) tensors."""
@@ -278,11 +292,14 @@ class SeededImages(Dataset):
 
 
 class Batches:
-    """A batch sampler that yields lists of (seed, index) keys, in a random order for training."""
+    """A batch sampler that yields lists of (seed, index) keys, in a random order for training.
 
-    def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool) -> None:
-        self.dropped = int(shuffle and count % batch_size == 1)
-        self.count, self.batch_size, self.seed, self.shuffle = count, batch_size, seed, shuffle
+    They are this process's share of each batch.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int, shuffle: bool, world: World) -> None:
+        self.dropped = odd_images(count, batch_size, world) if shuffle else 0
+        self.count, self.batch_size, self.seed, self.shuffle, self.world = count, batch_size, seed, shuffle, world
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -295,12 +312,15 @@ class Batches:
             order = torch.randperm(self.count, generator=random).tolist()
         order = order[: self.count - self.dropped]
         for first in range(self.start * self.batch_size, len(order), self.batch_size):
-            chosen = order[first : first + self.batch_size]
-            yield [(derive_seed(self.seed, "augment", self.epoch, index), index) for index in chosen]
+            batch = order[first : first + self.batch_size]
+            share = batch[self.world.share(len(batch))]
+            yield [(derive_seed(self.seed, "augment", self.epoch, index), index) for index in share]
 
 
 def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
-    """Stacks images (N, 3, H, W) uint8 and labels (N,), or hands on the first error."""
+    """Stacks images (N, 3, H, W) uint8 and labels (N,), or hands on the first error; N may be 0."""
+    if not items:
+        return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
     for item in items:
         if isinstance(item, InputError):
             return item
@@ -313,7 +333,7 @@ class PhotoLoader:
 
     Args:
         folder: of class folders.
-        batch_size, seed: as for `SmallImageLoader`; `augment` tells training from evaluation.
+        batch_size, seed, world: as for `SmallImageLoader`; `augment` tells training from evaluation.
         size: height and width of the images, in pixels.
         workers: number of processes; 0 decodes in this one.
         device: where the batches go.
@@ -332,10 +352,12 @@ class PhotoLoader:
         seed: int = 0,
         workers: int = 4,
         device: torch.device | str = "cpu",
+        world: World = processes.ALONE,
     ) -> None:
         source = open_image_folder(folder)
         self.classes, self.device, self.size = source.classes, torch.device(device), (size, size)
-        self.sampler = Batches(len(source), batch_size, seed, shuffle=augment)
+        self.batch_size, self.world = batch_size, world
+        self.sampler = Batches(len(source), batch_size, seed, shuffle=augment, world=world)
         self.dropped = self.sampler.dropped
         self.num_images = len(source) - self.dropped
         options = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
@@ -355,7 +377,10 @@ class PhotoLoader:
         return len(self.sampler)
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on."""
+        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on.
+
+        They are this process's share of each batch, which may be empty in evaluation.
+        """
         self.sampler.epoch, self.sampler.start = epoch, start
         for batch in self.loader:
             if isinstance(batch, InputError):

@@ -9,7 +9,9 @@ import functools
 import math
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,12 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 import inference
 import utils
-from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet
-from utils import Interrupted, TrainingError, derive_seed, topk_correct
+from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet, draw_noise
+from processes import ALONE, World
+from utils import Interrupted, TrainingError, derive_seed, progress_bar, topk_correct
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
@@ -32,13 +35,15 @@ MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kep
 class Loader(Protocol):
     """What `data` offers: `num_images` images of `classes`, in `len` batches; `dropped` images are left out.
 
-    `size` is the height and width of an image.
+    `size` is the height and width of an image. `batches` yields this process's share of each batch of the `world`.
     """
 
     classes: list[str]
     num_images: int
     dropped: int
     size: tuple[int, int]
+    batch_size: int
+    world: World
 
     def __len__(self) -> int: ...
 
@@ -80,9 +85,9 @@ class Recipe:
         return {"target_rates": self.target_rates, "lossfact": self.lossfact, "topk": self.topk}
 
 
-def target_rate_loss(z: Tensor, target_rates: Tensor) -> Tensor:
-    """The paper's target-rate loss, mean_l (t[l] - mean_n z[n, l])^2, for z (N, L) and t (L,)."""
-    return (target_rates - z.mean(0)).square().mean()
+def target_rate_loss(rates: Tensor, target_rates: Tensor) -> Tensor:
+    """The paper's target-rate loss, mean_l (t[l] - r[l])^2, for t (L,) and r[l] = mean_n z[n, l] over a batch, (L,)."""
+    return (target_rates - rates).square().mean()
 
 
 def lr_factor(recipe: Recipe, epoch: int, progress: float = 0) -> float:
@@ -102,29 +107,120 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def train_step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, rates: Tensor, recipe: Recipe
-) -> dict[str, Tensor]:
-    """One update. The batch is computed in `recipe.accumulate` parts, each holding the rates on its own.
+class Trainer:
+    """A network with what trains it: optimizer, precision, compiler and the other processes.
 
-    Returns:
-        Sums over the images, on the device: the two losses, top-k hits, and `gates` (L,).
+    Args:
+        model: on its device; the one to evaluate and to save.
+        optimizer: of its parameters.
+        recipe: how to train.
+        amp: what autocast computes convolutions in, torch.bfloat16 or torch.float16; None leaves all in float32.
+            Gates, losses and weights stay in float32.
+        compile: run full batches through torch.compile.
+        channels_last: the memory format of images, which should be that of the model.
+        world: the processes that share each batch.
+
+    Attributes:
+        network: the model, in DistributedDataParallel where there are several processes.
+        compiled: the same, compiled if it shall be.
+        scaler: of the loss, to keep float16 gradients from vanishing; does nothing with other types.
     """
-    optimizer.zero_grad(set_to_none=True)
-    sums: dict[str, Tensor] = {}
-    parts = min(recipe.accumulate, max(1, len(images) // 2))  # BatchNorm of a gate needs two images
-    for x, y in zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True):
-        logits, gates = model(x)
-        z = torch.stack(gates, dim=1)  # (N, L)
+
+    def __init__(
+        self,
+        model: AdaptiveResNet,
+        optimizer: torch.optim.Optimizer,
+        recipe: Recipe,
+        *,
+        amp: torch.dtype | None = None,
+        compile: bool = False,
+        channels_last: bool = True,
+        world: World = ALONE,
+    ) -> None:
+        device = next(model.parameters()).device
+        self.model, self.optimizer, self.recipe, self.world, self.amp = model, optimizer, recipe, world, amp
+        self.network: nn.Module = model
+        if world.size > 1:  # BatchNorm's statistics are averaged by `settle`, when someone is to use them
+            devices = None if device.type == "cpu" else [device]
+            with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # the new name is too new to use
+                self.network = DistributedDataParallel(
+                    model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
+        # one graph for one shape: the smaller batch at the end of an epoch is not worth another
+        self.compiled = torch.compile(self.network, dynamic=False) if compile else self.network
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=device)
+
+    def step(self, images: Tensor, labels: Tensor, batch_size: int, full: bool = False) -> dict[str, Tensor]:
+        """One update. The batch is computed in `recipe.accumulate` parts, each holding the rates on its own.
+
+        Args:
+            images, labels: this process's share of the batch, (n, 3, H, W) and (n,).
+            batch_size: N, images of the batch in all processes.
+            full: whether this is a batch of the usual size, for which it pays to compile.
+
+        Returns:
+            Sums over the images of all processes, on the device: the two losses, top-k hits, `gates` (L,), and
+            `broken`, 1 if the loss or the gradient is not finite, else 0. (A float16 gradient may overflow: then the
+            scaler leaves this update out.)
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        network = self.compiled if full else self.network
+        images = images.contiguous(memory_format=self.memory_format)
+        # that of all processes, so that it does not depend on their number
+        noise = draw_noise(self.model.num_gates, batch_size, images)[:, self.world.share(batch_size)]
+        parts = min(self.recipe.accumulate, max(1, batch_size // (2 * self.world.size)))  # BatchNorm needs two images
+        sums: dict[str, Tensor] = {}
+        split = (images.tensor_split(parts), labels.tensor_split(parts), noise.tensor_split(parts, dim=1))
+        for number, part in enumerate(zip(*split, strict=True), start=1):
+            reduce = self.world.size == 1 or number == parts  # else gradients wait for those of the parts to come
+            with nullcontext() if reduce else self.network.no_sync():
+                loss, part_sums = self.losses(network, *part, batch_size)
+                self.scaler.scale(loss).backward()
+            add(sums, **part_sums)
+        broken = ~(sums["loss_classify"] + sums["loss_target"]).isfinite()
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+            broken = broken | ~nn.utils.get_total_norm(gradients).isfinite()
+        add(sums, broken=broken)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        return sums
+
+    def losses(
+        self, network: nn.Module, x: Tensor, y: Tensor, noise: Tensor, batch_size: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one part of a batch in this process, and sums over this part in all processes, see `step`.
+
+        With n of the part's N' images here and N in the whole batch, the loss is n W / N cross entropy + N' / N target
+        rate: the mean of its gradients over the W processes, which DistributedDataParallel takes, is the whole one's.
+        """
+        size = self.world.size
+        with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
+            logits, gates = network(x, noise=noise)
+        logits, z = logits.to(x.dtype), torch.stack(gates, dim=1).to(x.dtype)  # (n, K), (n, L)
+        opened = z.sum(0)
         loss_classify = F.cross_entropy(logits, y)
-        loss_target = recipe.lossfact * target_rate_loss(z, rates)
-        loss = loss_classify + loss_target
-        (loss * (len(x) / len(images))).backward()
-        hits = topk_correct(logits.detach(), y, recipe.topk)
-        add(sums, loss_classify=loss_classify.detach() * len(x), loss_target=loss_target.detach() * len(x))
-        add(sums, gates=z.detach().sum(0), **{f"top{k}": hit for k, hit in zip(recipe.topk, hits, strict=True)})
-    optimizer.step()
-    return sums
+        hits = topk_correct(logits.detach(), y, self.recipe.topk)
+        sums: dict[str, Tensor] = {}
+        add(sums, images=torch.full((), len(x), device=x.device), gates=opened.detach())
+        add(sums, loss_classify=loss_classify.detach() * len(x))
+        add(sums, **{f"top{k}": hit for k, hit in zip(self.recipe.topk, hits, strict=True)})
+        sums = self.world.total(sums)
+        images = sums.pop("images").to(z.dtype)
+        # every process has this loss, so the sum of its gradients over them is W times that of one
+        rates = (sums["gates"].to(z.dtype) + size * (opened - opened.detach())) / images
+        loss_target = self.recipe.lossfact * target_rate_loss(rates, self.rates)
+        add(sums, loss_target=loss_target.detach() * images)
+        return loss_classify * (len(x) * size / batch_size) + loss_target * (images / batch_size), sums
+
+    def settle(self) -> None:
+        """Gives every process the mean of all processes' BatchNorm statistics."""
+        if self.world.size > 1:
+            statistics = {name: value for name, value in self.model.named_buffers() if value.is_floating_point()}
+            for name, total in self.world.total(statistics).items():
+                statistics[name].copy_(total / self.world.size)
 
 
 def add(sums: dict[str, Tensor], **values: Tensor) -> None:
@@ -138,6 +234,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def batch_count(loader: Loader, step: int) -> int:
+    """Images in batch `step`, counted from 1, of all processes."""
+    return min(loader.batch_size, loader.num_images - (step - 1) * loader.batch_size)
+
+
 @dataclass
 class Progress:
     """How far an epoch has come.
@@ -145,7 +246,7 @@ class Progress:
     Attributes:
         step: steps done.
         seen: images in them.
-        sums: over these images, see `train_step`.
+        sums: over these images, see `Trainer.step`.
         seconds: spent on them by earlier processes.
     """
 
@@ -156,10 +257,8 @@ class Progress:
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     loader: Loader,
-    recipe: Recipe,
     epoch: int,
     progress: Progress,
     after_step: Callable[[Callable[[], None]], None] = lambda check: None,
@@ -174,24 +273,24 @@ def train_epoch(
         Means over the epoch: loss, loss_classify, loss_target, top-k accuracies in percent, execution_rate.
 
     Raises:
-        TrainingError: if a loss was not finite, naming the first such step.
+        TrainingError: if a loss or gradient was not finite, naming the first such step.
     """
-    model.train()
-    rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=next(model.parameters()).device)
-    progress.sums = {name: value.to(rates.device) for name, value in progress.sums.items()}
-    first_bad = torch.full((), -1, device=rates.device)  # stays on the device until something is printed anyway
+    recipe, device = trainer.recipe, trainer.rates.device
+    trainer.network.train()
+    progress.sums = {name: value.to(device) for name, value in progress.sums.items()}
+    first_bad = torch.full((), -1, device=device)  # stays on the device until something is printed anyway
     steps = len(loader)
-    description = f"epoch {epoch}/{recipe.epochs}"
-    with tqdm(total=steps, desc=description, initial=progress.step, disable=None, leave=False, unit="step") as bar:
+    with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", steps, "step", initial=progress.step) as bar:
         for step, (images, labels) in enumerate(loader.batches(epoch, progress.step), start=progress.step + 1):
             if recipe.warmup:
-                set_lr(optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
+                set_lr(trainer.optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
             torch.manual_seed(derive_seed(recipe.seed, "noise", epoch, step))
-            stepped = train_step(model, optimizer, images, labels, rates, recipe)
+            count = batch_count(loader, step)
+            stepped = trainer.step(images, labels, count, full=count == loader.batch_size)
+            broken = stepped.pop("broken") > 0
             add(progress.sums, **stepped)
-            progress.step, progress.seen = step, progress.seen + len(images)
-            bad = ~(stepped["loss_classify"] + stepped["loss_target"]).isfinite() & (first_bad < 0)
-            first_bad = first_bad.masked_fill(bad, step)
+            progress.step, progress.seen = step, progress.seen + count
+            first_bad = first_bad.masked_fill(broken & (first_bad < 0), step)
             bar.update()
             if step % (recipe.print_freq if bar.disable else recipe.log_interval) == 0:
                 check_finite(first_bad, epoch)
@@ -206,21 +305,17 @@ def train_epoch(
 
 
 def check_finite(first_bad: Tensor, epoch: int) -> None:
-    """Raises TrainingError if a step of the epoch had a non-finite loss. Reads from the device."""
+    """Raises TrainingError if a step of the epoch had a non-finite loss or gradient. Reads from the device."""
     step = int(first_bad)
     if step >= 0:
-        raise TrainingError(
-            f"the loss is not finite since epoch {epoch}, step {step}: try a smaller --lr; the epoch was not saved"
-        )
+        raise TrainingError(f"loss or gradient not finite since epoch {epoch}, step {step}: try a smaller --lr")
 
 
 def check_health(model: nn.Module, loss: float, epoch: int) -> None:
     """Raises TrainingError if the validation loss or a parameter or buffer is not finite. Reads from the device."""
     finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
     if not (math.isfinite(loss) and finite):
-        raise TrainingError(
-            f"the network is not finite after epoch {epoch}: try a smaller --lr; the epoch was not saved"
-        )
+        raise TrainingError(f"the network is not finite after epoch {epoch}: try a smaller --lr")
 
 
 def averages(sums: dict[str, Tensor], count: int, topk: Sequence[int]) -> dict[str, float]:
@@ -274,36 +369,48 @@ def evaluate(
     num_classes, num_blocks = len(loader.classes), len(target_rates)
     device = next(model.parameters()).device
     dtype = sum_dtype(device)
-    by_class = torch.zeros(num_classes, num_blocks, dtype=dtype, device=device)
-    class_counts = torch.zeros(num_classes, dtype=dtype, device=device)
-    executed = torch.zeros(num_blocks + 1, dtype=torch.long, device=device)
-    sums: dict[str, Tensor] = {}
-    costs, all_labels = [], []
-    for images, labels in tqdm(loader.batches(), "evaluating", len(loader), disable=None, leave=False, unit="batch"):
+    shapes = {"by_class": (num_classes, num_blocks), "class_counts": num_classes, "executed": num_blocks + 1}
+    shapes |= {"gates": num_blocks, "loss_classify": (), **{f"top{k}": () for k in topk}}
+    sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+    costs, all_labels = [torch.zeros(0, dtype=dtype, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
+    bar = progress_bar(loader.batches(), "evaluating", len(loader), "batch")
+    for step, (images, labels) in enumerate(bar, start=1):
         each_batch()
-        logits, gates = model(images)
-        z = torch.stack(gates, dim=1)  # (N, L)
+        noise = None
+        if model.gate_mode == "sample":  # that of all processes, so that it does not depend on their number
+            count = batch_count(loader, step)
+            noise = draw_noise(model.num_gates, count, images)[:, loader.world.share(count)]
+        if not len(images):
+            continue
+        logits, gates = model(images, noise=noise)
+        z = torch.stack(gates, dim=1)  # (n, L)
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
-        by_class.index_add_(0, labels, z.to(dtype))
-        class_counts.index_add_(0, labels, torch.ones_like(labels, dtype=dtype))
-        executed.index_add_(0, run.sum(1).round().long(), torch.ones_like(labels))
+        ones = torch.ones_like(labels, dtype=dtype)
+        sums["by_class"].index_add_(0, labels, z.to(dtype))
+        sums["class_counts"].index_add_(0, labels, ones)
+        sums["executed"].index_add_(0, run.sum(1).round().long(), ones)
         hits = topk_correct(logits, labels, topk)
         add(sums, loss_classify=F.cross_entropy(logits, labels, reduction="sum"))
         add(sums, gates=run.sum(0), **{f"top{k}": hit for k, hit in zip(topk, hits, strict=True)})
         if cost:
             costs.append(cost.executed(run, gates=model.gate_mode != "all"))
             all_labels.append(labels)
-    gates = by_class.sum(0) / loader.num_images  # (L,)
+    sums = loader.world.total(sums)
+    gates = sums["by_class"].sum(0) / loader.num_images  # (L,)
     rates = torch.tensor(target_rates, dtype=dtype, device=device)
-    sums["loss_target"] = loader.num_images * lossfact * (rates - gates).square().mean()
-    by_class = by_class / class_counts[:, None]
+    sums["loss_target"] = loader.num_images * lossfact * target_rate_loss(gates, rates)
+    by_class = sums["by_class"] / sums["class_counts"][:, None]
+    counted = {}
+    if cost:
+        all_costs, all_labels = (loader.world.gather(torch.cat(parts)) for parts in (costs, all_labels))
+        counted = compute(all_costs, all_labels, loader.classes, cost)
     return {
         **averages(sums, loader.num_images, topk),
         "gates": gates.tolist(),
         "classes": dict(zip(loader.classes, by_class.mean(1).tolist(), strict=True)),
-        "executed_blocks": executed.tolist(),
+        "executed_blocks": sums["executed"].long().tolist(),
         "gates_by_class": by_class.tolist(),
-        **(compute(torch.cat(costs), torch.cat(all_labels), loader.classes, cost) if cost else {}),
+        **counted,
     }
 
 
@@ -403,11 +510,9 @@ def keep_matrix(validated: dict[str, Any], folder: Path) -> None:
 
 
 def fit(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    trainer: Trainer,
     train: Loader,
     val: Loader,
-    recipe: Recipe,
     *,
     folder: Path,
     epochs: range,
@@ -439,22 +544,27 @@ def fit(
 
     Raises:
         Interrupted: after a signal; the checkpoint then holds the very step.
+        TrainingError: if the training cannot go on.
     """
-    begin = functools.cache(begin)  # once
+    recipe, world, begin = trainer.recipe, trainer.world, functools.cache(begin)  # once
     saved = time.monotonic()
 
     def save(is_best: bool = False) -> None:
         nonlocal saved
-        begin()
-        utils.save_checkpoint(checkpoint_of(model, optimizer, epoch, progress, best, args), is_best, folder)
+        trainer.settle()
+        if world.leads:
+            begin()
+            utils.save_checkpoint(checkpoint_of(trainer, epoch, progress, best, args), is_best, folder)
         saved = time.monotonic()
 
     def stop() -> None:
         where = f"epoch {epoch}, {progress.step} of {len(train)} steps"
+        (signals.received,) = world.agree(signals.received)
         signals.check(f"stopped in {where}; continue with --resume {folder / utils.CHECKPOINT}")
 
     def after_step(check: Callable[[], None]) -> None:
-        if signals.received or time.monotonic() - saved > save_every:
+        signals.received, due = world.agree(signals.received, time.monotonic() - saved > save_every)
+        if signals.received or due:
             check()
             progress.seconds = earlier + time.perf_counter() - start
             save()
@@ -463,21 +573,23 @@ def fit(
     for epoch in epochs:
         start, earlier = time.perf_counter(), progress.seconds
         lr = recipe.lr * lr_factor(recipe, epoch, 1)
-        set_lr(optimizer, lr)
-        trained = train_epoch(model, optimizer, train, recipe, epoch, progress, after_step)
+        set_lr(trainer.optimizer, lr)
+        trained = train_epoch(trainer, train, epoch, progress, after_step)
+        trainer.settle()
         seed = derive_seed(recipe.seed, "validation", epoch)
         try:
-            validated = evaluate(model, val, seed=seed, each_batch=stop, **recipe.evaluation())
+            validated = evaluate(trainer.model, val, seed=seed, each_batch=stop, **recipe.evaluation())
         except Interrupted:
             progress.seconds = earlier + time.perf_counter() - start
             save()
             raise
-        check_health(model, validated["loss"], epoch)
-        begin()
-        keep_matrix(validated, folder)
+        check_health(trainer.model, validated["loss"], epoch)
         seconds = earlier + time.perf_counter() - start
-        records.append({"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated})
-        utils.write_records(folder, records)
+        if world.leads:
+            begin()
+            keep_matrix(validated, folder)
+            records.append({"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated})
+            utils.write_records(folder, records)
         is_best = validated["top1"] > best
         best = max(best, validated["top1"])
         epoch, progress = epoch + 1, Progress()
@@ -495,13 +607,9 @@ def fit(
 
 
 def checkpoint_of(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epoch: int,
-    progress: Progress,
-    best: float,
-    args: dict[str, Any],
+    trainer: Trainer, epoch: int, progress: Progress, best: float, args: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint holds: enough to go on in `epoch` after `progress`. Only tensors, dicts, lists and numbers."""
-    state = {"epoch": epoch, "state_dict": model.state_dict(), "best_prec1": best, "optimizer": optimizer.state_dict()}
-    return {**state, **vars(progress), "args": args}
+    state = {"state_dict": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
+    state |= {"scaler": trainer.scaler.state_dict()}
+    return {"epoch": epoch, "best_prec1": best, **state, **vars(progress), "args": args}

@@ -273,30 +273,33 @@ class Accelerated(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Classifies images: (N, 3, H, W) -> logits (N, K) and per block z (N,), as the network it was made from.
 
-        In mode "sample" the same seed of the default generator gives the same decisions, too.
+        Mode "sample" takes or draws the same `noise` as that network, and so decides the same.
         """
         size = self.chunk_size(x)
         if check_gate_mode(self.gate_mode) in RUNS_EVERYTHING or not self.conditional:
             run = self.masked
         else:
             run = self.skipping_single if min(size, len(x)) == 1 else self.skipping
-        chunks = zip(x.split(size), self.bias(x).split(size, dim=1), strict=True)
+        chunks = zip(x.split(size), self.bias(x, noise).split(size, dim=1), strict=True)
         logits, gates = zip(*(run(images, bias) for images, bias in chunks), strict=True)
         logits, gates = (logits[0], gates[0]) if len(logits) == 1 else (torch.cat(logits), torch.cat(gates, dim=1))
         if self.conv1.fuses:  # oneDNN's ReLU makes 0 of NaN: what is broken must not look sound
             logits = logits + (0 * x.sum((1, 2, 3)) + self.poison)[:, None]
         return logits, list(gates.unbind())
 
-    def bias(self, x: Tensor) -> Tensor:
+    @property
+    def num_gates(self) -> int:
+        return sum(block.gate is not None for block in self.blocks)
+
+    def bias(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """What opens a gate for an image if, added to the gate's log-odds, it gives more than 0: (gates, N)."""
-        num_gates = sum(block.gate is not None for block in self.blocks)
         if self.gate_mode == "sample":
-            noise = draw_noise(num_gates, x)
+            noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return noise[..., 1] - noise[..., 0]
-        return x.new_full((num_gates, len(x)), -log_odds(self.threshold))
+        return x.new_full((self.num_gates, len(x)), -log_odds(self.threshold))
 
     def chunk_size(self, x: Tensor) -> int:
         """How many of the images x go through the network together."""

@@ -15,6 +15,7 @@ import torch
 
 import cli
 import data
+import processes
 from convnet_aig import BasicBlock, ResNet_cifar
 from engine import Recipe
 from utils import derive_seed
@@ -56,7 +57,7 @@ def scaled_milestones(epochs: int) -> list[int]:
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     """The loaders for a test, or for training and validation; normalised as the checkpoint was."""
-    device = cli.select(args)
+    place = {"device": cli.select(args), "world": processes.world()}
     test = data.load_small_images(args.dataset, args.data, train=False)
     trained_on = cli.recorded(checkpoint)
     if "classes" in trained_on:
@@ -70,14 +71,12 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
             train, held_out = data.hold_out(train, args.val_size)
         normalisation = normalisation or data.pixel_statistics(args.dataset, train)
     if args.test:
-        return cli.Data(None, data.SmallImageLoader(test, args.batch_size, normalisation, device=device), normalisation)
+        return cli.Data(None, data.SmallImageLoader(test, args.batch_size, normalisation, **place), normalisation)
     if not args.val_size:
         print("the validation set is the test set, as in the original: choose models honestly with --val-size")
     augment = "crop" if args.dataset == "digits" else "crop+flip"
-    loader = data.SmallImageLoader(
-        train, args.batch_size, normalisation, augment=augment, seed=args.seed, device=device
-    )
-    val = data.SmallImageLoader(held_out if args.val_size else test, args.batch_size, normalisation, device=device)
+    loader = data.SmallImageLoader(train, args.batch_size, normalisation, augment=augment, seed=args.seed, **place)
+    val = data.SmallImageLoader(held_out if args.val_size else test, args.batch_size, normalisation, **place)
     return cli.Data(loader, val, normalisation)
 
 

@@ -16,6 +16,7 @@ import torch
 
 import cli
 import data
+import processes
 from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
 from engine import Recipe
 from utils import InputError, derive_seed, load_pretrained
@@ -52,7 +53,8 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     """The loaders for a test, or for training and validation."""
     if not args.data:
         raise InputError("name the folder of the images, with train/ and val/ inside: train_img.py IMAGENET_FOLDER")
-    values = {"size": args.image_size, "seed": args.seed, "workers": args.workers, "device": cli.select(args)}
+    values = {"size": args.image_size, "seed": args.seed, "workers": args.workers}
+    values |= {"device": cli.select(args), "world": processes.world()}
     root, names = Path(args.data), cli.recorded(checkpoint).get("classes")
     val = data.PhotoLoader(data.find_split(root, ("val",)), args.batch_size, augment=False, **values)
     data.same_classes(names or val.classes, val.classes, str(root))

@@ -19,6 +19,9 @@ from typing import IO, Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from tqdm import tqdm
+
+import processes
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 ARGS, METRICS, TEST, MATRIX = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy"
@@ -46,10 +49,13 @@ class Interrupted(Exception):
 
 
 class Signals:
-    """Inside of a `with`, the first SIGINT, SIGTERM or SIGUSR1 is only noted, in `received`; the next acts as usual."""
+    """Inside of a `with`, the first SIGINT, SIGTERM or SIGUSR1 is only noted, in `received`; the next acts as usual.
+
+    Under torchrun it does not: torchrun itself sends a second one, and kills what does not end.
+    """
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self.received = 0
         self.usual: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -64,7 +70,8 @@ class Signals:
 
     def note(self, number: int, frame: Any) -> None:
         self.received = number
-        self.__exit__()
+        if processes.world().size == 1:
+            self.__exit__()
 
     def check(self, message: str) -> None:
         """Raises Interrupted with this message if a signal was received."""
@@ -87,6 +94,9 @@ def select_device(name: str) -> torch.device:
         name = next(kind for kind, present in available.items() if present)
     if not available[name]:
         raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto or cpu")
+    if name == "cuda" and processes.world().size > 1:
+        torch.cuda.set_device(processes.local_rank())
+        return torch.device(name, processes.local_rank())
     return torch.device(name)
 
 
@@ -99,6 +109,12 @@ def device_name(device: torch.device) -> str:
         models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         processor = models[0] if models else processor
     return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+
+
+def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """A bar on the terminal; silent where there is none, and in all processes but the leading one."""
+    disable = None if processes.world().leads else True
+    return tqdm(iterable, description, total, leave=False, disable=disable, unit=unit, initial=initial)
 
 
 # ---------------------------------------------------------------------------------------------- measures

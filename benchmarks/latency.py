@@ -40,7 +40,7 @@ class Forced(inference.Accelerated):
 
     pattern: Tensor
 
-    def bias(self, x: Tensor) -> Tensor:
+    def bias(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         return self.pattern
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import engine
 import inference
-from convnet_aig import BasicBlock, ResNet_cifar
+from convnet_aig import BasicBlock, ResNet_cifar, draw_noise
 from data import SmallImageLoader, SmallImages
 from engine import Recipe
 from train import scaled_milestones
@@ -38,14 +38,15 @@ def loader():
     return SmallImageLoader(source, 16, ([0.5] * 3, [0.3] * 3))
 
 
-def sgd(model):
-    return torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], 0.1)
+def trainer_of(model, lr=0.1, **changes):
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], lr)
+    return engine.Trainer(model, optimizer, replace(RECIPE, **changes))
 
 
 def test_target_rate_loss_is_the_mean_square_distance_of_the_batch_rates():
     z = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
     t = torch.tensor([0.6, 0.3, 1.0])
-    assert engine.target_rate_loss(z, t).item() == pytest.approx((0.4**2 + 0.3**2 + 0.5**2) / 3)
+    assert engine.target_rate_loss(z.mean(0), t).item() == pytest.approx((0.4**2 + 0.3**2 + 0.5**2) / 3)
 
 
 def test_the_learning_rate_falls_tenfold_from_each_milestone_on():
@@ -150,7 +151,7 @@ def test_a_training_step_is_the_gradient_of_both_losses(model, loader):
     loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES) - z.mean(0)).square().mean()
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     torch.manual_seed(3)
-    engine.train_step(model, sgd(model), images, labels, torch.tensor(RATES), RECIPE)
+    trainer_of(model).step(images, labels, len(images))
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * gradient)
 
@@ -165,9 +166,7 @@ def test_accumulation_gives_the_classification_gradient_of_the_whole_batch(model
     for parts in (1, 3):
         for block in model.blocks():
             block.gated = False
-        recipe = replace(RECIPE, accumulate=parts)
-        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], 0.0)
-        engine.train_step(model, optimizer, images, labels, torch.tensor(RATES), recipe)
+        trainer_of(model, lr=0.0, accumulate=parts).step(images, labels, len(images))
         gradients.append(model.conv1.weight.grad.clone())
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
 
@@ -176,19 +175,19 @@ def test_accumulation_weighs_the_target_rate_loss_of_each_part_by_its_size(model
     images, labels = next(loader.batches())
     images, labels = images[:7], labels[:7]  # parts of 3, 2 and 2
     torch.manual_seed(0)
-    sums = engine.train_step(model.train(), sgd(model), images, labels, torch.tensor(RATES), RECIPE)
+    sums = trainer_of(model.train()).step(images, labels, 7)
     assert sums["gates"].sum() <= 21
 
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], 0.0)
     gradients = []
     torch.manual_seed(0)
-    engine.train_step(model, optimizer, images, labels, torch.tensor(RATES), replace(RECIPE, accumulate=3))
+    trainer_of(model, lr=0.0, accumulate=3).step(images, labels, 7)
     gradients.append([p.grad.clone() for p in model.parameters()])
     torch.manual_seed(0)
+    noise = draw_noise(3, 7, images)
     model.zero_grad()
     for part, size in ((slice(0, 3), 3), (slice(3, 5), 2), (slice(5, 7), 2)):
-        logits, gates = model(images[part])
-        loss_target = 2 * engine.target_rate_loss(torch.stack(gates, 1), torch.tensor(RATES))
+        logits, gates = model(images[part], noise=noise[:, part])
+        loss_target = 2 * engine.target_rate_loss(torch.stack(gates, 1).mean(0), torch.tensor(RATES))
         ((F.cross_entropy(logits, labels[part]) + loss_target) * size / 7).backward()
     gradients.append([p.grad for p in model.parameters()])
     for first, second in zip(*gradients, strict=True):
@@ -197,31 +196,27 @@ def test_accumulation_weighs_the_target_rate_loss_of_each_part_by_its_size(model
 
 def test_warm_up_reaches_the_optimizer_at_every_step(model, loader):
     seen = []
-    optimizer = sgd(model)
-    step = optimizer.step
+    trainer = trainer_of(model, warmup=1)
+    optimizer, step = trainer.optimizer, trainer.optimizer.step
     optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), step())
-    engine.train_epoch(model, optimizer, loader, replace(RECIPE, warmup=1), 1, engine.Progress())
+    engine.train_epoch(trainer, loader, 1, engine.Progress())
     assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1])
 
 
 def test_gates_learn_their_target_rates(model, loader):
-    optimizer = sgd(model.train())
-    recipe = replace(RECIPE, lossfact=20)
-    losses = [
-        engine.train_epoch(model, optimizer, loader, recipe, epoch, engine.Progress())["loss_target"]
-        for epoch in range(1, 16)
-    ]
+    trainer = trainer_of(model, lossfact=20)
+    losses = [engine.train_epoch(trainer, loader, epoch, engine.Progress())["loss_target"] for epoch in range(1, 16)]
     assert sum(losses[-3:]) < 0.3 * sum(losses[:3])
 
 
 def test_a_non_finite_loss_ends_training_naming_epoch_and_step(model, loader, capsys):
     original, calls = model.forward, []
 
-    def broken(x):
+    def broken(x, **more):
         calls.append(1)
-        logits, gates = original(x)
+        logits, gates = original(x, **more)
         return (logits * float("nan") if len(calls) == 2 else logits), gates
 
     model.forward = broken
     with pytest.raises(TrainingError, match="epoch 5, step 2"):
-        engine.train_epoch(model, sgd(model), loader, RECIPE, 5, engine.Progress())
+        engine.train_epoch(trainer_of(model), loader, 5, engine.Progress())

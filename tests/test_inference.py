@@ -74,14 +74,14 @@ def assert_same(model, fast, x):
 class Forced(inference.Accelerated):
     """Decides by `pattern` (gates, N), computing the gates all the same."""
 
-    def bias(self, x):
+    def bias(self, x, noise):
         return torch.where(self.pattern, CERTAIN, -CERTAIN).to(x)
 
 
 def force(model, monkeypatch, pattern):
     """Makes the masked network decide by the same pattern, through the noise that it draws."""
     noise = torch.where(pattern, CERTAIN, -CERTAIN).double()
-    monkeypatch.setattr(convnet_aig, "draw_noise", lambda gates, x: torch.stack([-noise, noise], dim=2).to(x.dtype) / 2)
+    monkeypatch.setattr(convnet_aig, "draw_noise", lambda gates, n, x: torch.stack([-noise, noise], dim=2).to(x) / 2)
     model.gate_mode = "sample"
     fast = Forced(model)
     fast.pattern = pattern

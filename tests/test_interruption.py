@@ -48,15 +48,16 @@ def assert_same_run(folder, other):
 
 
 def at_call(monkeypatch, name, number, action):
-    """Runs `action` before the number-th call of an engine's function."""
-    function, calls = getattr(engine, name), iter(range(1, 1 << 30))
+    """Runs `action` before the number-th call of an engine's function, or of the trainer's step."""
+    owner = engine.Trainer if name == "step" else engine
+    function, calls = getattr(owner, name), iter(range(1, 1 << 30))
 
     def wrapped(*args, **kwargs):
         if next(calls) == number:
             action()
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(engine, name, wrapped)
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 def resume(run, main, folder, *more):
@@ -66,9 +67,9 @@ def resume(run, main, folder, *more):
 @pytest.mark.parametrize(
     ("number", "function", "call", "position"),
     [
-        (signal.SIGINT, "train_step", 1, "epoch 1, 1 of 6 steps"),
-        (signal.SIGTERM, "train_step", STEPS + 3, "epoch 2, 3 of 6 steps"),
-        (signal.SIGUSR1, "train_step", 2 * STEPS, "epoch 2, 6 of 6 steps"),
+        (signal.SIGINT, "step", 1, "epoch 1, 1 of 6 steps"),
+        (signal.SIGTERM, "step", STEPS + 3, "epoch 2, 3 of 6 steps"),
+        (signal.SIGUSR1, "step", 2 * STEPS, "epoch 2, 6 of 6 steps"),
         (signal.SIGTERM, "evaluate", 1, "epoch 1, 6 of 6 steps"),
         (signal.SIGTERM, "check_health", 2, "epoch 3, 0 of 6 steps"),
     ],
@@ -94,7 +95,7 @@ def test_a_timer_saves_in_mid_epoch_and_a_crash_loses_no_more(run, straight, tmp
         raise RuntimeError("a crash")
 
     with monkeypatch.context() as patch:
-        at_call(patch, "train_step", STEPS + 5, crash)
+        at_call(patch, "step", STEPS + 5, crash)
         with pytest.raises(RuntimeError, match="a crash"):
             run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight", "--checkpoint-minutes", 1e-9)
     folder = tmp_path / "straight"
@@ -116,7 +117,7 @@ def test_photographs_with_workers_too(run, tmp_path, monkeypatch):
     command += ["--device", "cpu", "--expname", "run", "--lr", 0.01]
     assert run(train_img.main, *command, "--save", tmp_path / "straight")[0] == 0
     with monkeypatch.context() as patch:
-        at_call(patch, "train_step", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, "step", 8, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, _, err = run(train_img.main, *command, "--save", tmp_path / "stopped")
     assert (status, err.count("\n"), "epoch 2, 3 of 5 steps" in err) == (143, 1, True)
     assert resume(run, train_img.main, tmp_path / "stopped" / "run")[0] == 0
@@ -125,7 +126,7 @@ def test_photographs_with_workers_too(run, tmp_path, monkeypatch):
 
 def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, monkeypatch, contents):
     with monkeypatch.context() as patch:
-        at_call(patch, "train_step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, "step", 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
         run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight")
     folder = tmp_path / "straight"
     before = contents(folder)

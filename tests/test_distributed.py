@@ -1,0 +1,271 @@
+"""Several processes do what one does: steps, evaluation, training, resuming and failing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+import engine
+import inference
+import processes
+import utils
+from convnet_aig import BasicBlock, ResNet_cifar
+from data import SmallImageLoader, SmallImages
+
+ROOT = Path(__file__).parent.parent
+RATES = [0.7, 0.5, 0.6]
+RECIPE = engine.Recipe(target_rates=RATES, lossfact=2, lr=0.1, milestones=(), epochs=1, seed=1)
+DIGITS = ["--dataset", "digits", "--depth", "8", "--batch-size", "256", "--target", "0.7", "--device", "cpu"]
+
+
+# ---------------------------------------------------------------------------------------------- in the processes
+
+
+def network():
+    torch.manual_seed(0)
+    model = ResNet_cifar(BasicBlock, (1, 1, 1), 10, RATES).double()
+    for block in model.blocks():
+        nn.init.normal_(block.fc2.weight, 0, 2)
+        nn.init.zeros_(block.fc2.bias)
+    return model
+
+
+def digits():
+    """All 1,797."""
+    found = load_digits()
+    grey = torch.from_numpy((found.images * 15).astype(np.uint8))
+    return SmallImages(grey[..., None].repeat(1, 1, 1, 3), torch.from_numpy(found.target), list("0123456789"))
+
+
+class Doubles(SmallImageLoader):
+    """Images in float64."""
+
+    def batches(self, epoch=0, start=0):
+        return ((images.double(), labels) for images, labels in super().batches(epoch, start))
+
+
+def step(count, accumulate, lossfact):
+    """Sums and gradients of one step on the first `count` digits, with BatchNorm at its running statistics."""
+    model, world = network().train(), processes.world()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    recipe = replace(RECIPE, accumulate=accumulate, lossfact=lossfact)
+    trainer = engine.Trainer(model, optimizer, recipe, world=world)
+    images, labels = next(Doubles(digits(), count, ([0.5] * 3, [0.5] * 3), world=world).batches())
+    torch.manual_seed(5)
+    sums = trainer.step(images, labels, count)
+    return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def evaluation(mode):
+    """The record of all digits, in batches of 100."""
+    model = network()
+    model.gate_mode = mode
+    loader = Doubles(digits(), 100, ([0.5] * 3, [0.5] * 3), world=processes.world())
+    settings = {"target_rates": RATES, "lossfact": 2, "topk": (1, 5), "seed": 3, "cost": inference.macs(model, 8)}
+    return engine.evaluate(model, loader, **settings)
+
+
+def settled():
+    """BatchNorm statistics after each process has put its rank into them."""
+    model = network()
+    trainer = engine.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, world=processes.world())
+    with torch.no_grad():
+        model.bn1.running_mean.fill_(trainer.world.rank)
+    trainer.settle()
+    return model.bn1.running_mean.tolist()
+
+
+def work(rank, size, folder, function, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.save(globals()[function](*arguments), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------------------------- the tests
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """Runs a function of this module in several processes, and returns what it returned in each."""
+
+    def call(size, function, *arguments):
+        folder = tmp_path / f"{function}-{size}-{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        torch.multiprocessing.spawn(work, (size, folder, function.__name__, arguments), size)
+        return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
+
+    return call
+
+
+def torchrun(count, script, *arguments, **options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command += [str(ROOT / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=180)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(("count", "accumulate", "lossfact"), [(16, 1, 2), (13, 1, 2), (13, 2, 0)])
+def test_processes_take_the_step_of_one(in_processes, count, accumulate, lossfact):
+    sums, gradients = step(count, accumulate, lossfact)
+    assert lossfact == 0 or sums["loss_target"] > 0
+    assert 0 < sums["gates"].sum() < 3 * count
+    assert any(gradient.abs().max() > 1e-3 for name, gradient in gradients.items() if "fc2" in name or not lossfact)
+    for other_sums, other_gradients in in_processes(2, step, count, accumulate, lossfact):
+        assert set(other_sums) == set(sums)
+        for name, value in sums.items():
+            torch.testing.assert_close(other_sums[name], value, rtol=1e-9, atol=1e-9)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_processes_evaluate_every_image_once(in_processes, size, mode):
+    alone = evaluation(mode)
+    assert 0.05 < alone["execution_rate"] < 0.95
+    assert sum(alone["executed_blocks"]) == 1797
+    for record in in_processes(size, evaluation, mode):
+        assert set(record) == set(alone)
+        for name, value in alone.items():
+            if name.startswith("loss"):
+                assert record[name] == pytest.approx(value, rel=0, abs=1e-9)
+            else:
+                assert record[name] == value, name
+
+
+def test_batch_norm_statistics_become_those_of_all_processes(in_processes):
+    assert in_processes(3, settled) == [[1.0] * 16] * 3
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 256])
+def test_shares_are_those_of_tensor_split(count):
+    items = torch.arange(count)
+    shares = [items[processes.World(rank, 3).share(count)] for rank in range(3)]
+    for share, expected in zip(shares, items.tensor_split(3), strict=True):
+        assert torch.equal(share, expected)
+
+
+@pytest.mark.parametrize(("count", "kept"), [(32, 32), (33, 32), (35, 32), (36, 36)])
+def test_a_last_batch_that_gives_a_process_less_than_two_images_is_left_out(count, kept):
+    images = SmallImages(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.zeros(count).long(), ["a"])
+    world = processes.World(1, 2)
+    loader = SmallImageLoader(images, 16, ([0.5] * 3, [0.5] * 3), augment="crop", world=world)
+    assert loader.num_images == kept
+    assert min(len(labels) for _, labels in loader.batches(1)) >= 2
+
+
+def test_augmentation_does_not_depend_on_the_number_of_processes():
+    shapes = ([0.5] * 3, [0.5] * 3)
+    whole = next(SmallImageLoader(digits(), 64, shapes, augment="crop+flip", seed=1).batches(2))
+    worlds = [processes.World(rank, 3) for rank in range(3)]
+    parts = [
+        next(SmallImageLoader(digits(), 64, shapes, augment="crop+flip", seed=1, world=world).batches(2))
+        for world in worlds
+    ]
+    for single, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        assert torch.equal(single, torch.cat(shares))
+
+
+def records(folder):
+    return [json.loads(line) for line in (folder / utils.METRICS).read_text().splitlines()]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    run = ["--epochs", 3, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
+    status, out, err = finish(torchrun(2, "train.py", *DIGITS, *run))
+    assert (status, err) == (0, "")
+    folder = tmp_path / "run"
+    assert out.count("epoch 1/3") == 1  # one process prints
+    assert json.loads((folder / utils.ARGS).read_text())["processes"] == 2
+    resume = ["--resume", folder / utils.CHECKPOINT, "--device", "cpu", "--stop-after", 1]
+    alone = subprocess.run([sys.executable, ROOT / "train.py", *map(str, resume)], capture_output=True, text=True)
+    assert (alone.returncode, alone.stderr) == (0, "")
+    status, out, err = finish(torchrun(3, "train.py", *resume))
+    assert (status, err) == (0, "")
+    assert [record["epoch"] for record in records(folder)] == [1, 2, 3]
+    assert records(folder)[2]["train"]["loss"] < records(folder)[0]["train"]["loss"]
+    test = ["--test", "--resume", folder / utils.BEST, "--device", "cpu"]
+    results = []
+    for count in (1, 2):
+        status, out, err = finish(torchrun(count, "train.py", *test))
+        assert (status, err) == (0, "")
+        results.append(json.loads((folder / utils.TEST).read_text())["argmax"])
+    for name in ("top1", "gates", "classes", "executed_blocks", "macs_mean", "macs_quantiles", "macs_classes"):
+        assert results[0][name] == results[1][name]
+
+
+def test_a_signal_stops_all_processes_at_one_step_and_the_run_goes_on_from_there(tmp_path):
+    run = [*DIGITS, "--epochs", 500, "--print-freq", 1, "--save", tmp_path, "--expname"]
+    process = torchrun(2, "train.py", *run, "stopped")
+    while "step 3/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    status, _, err = finish(process)
+    assert status != 0
+    assert len(re.findall("^train.py: SIGTERM: stopped in epoch", err, re.M)) == 1
+    checkpoint = tmp_path / "stopped" / utils.CHECKPOINT
+    stopped = utils.load_checkpoint(checkpoint)
+    assert stopped["step"] > 0
+    resume = ["--resume", checkpoint, "--device", "cpu", "--stop-after", 1]
+    assert finish(torchrun(2, "train.py", *resume))[0] == 0
+    assert finish(torchrun(2, "train.py", *run, "straight", "--stop-after", stopped["epoch"]))[0] == 0
+    first, second = (utils.load_checkpoint(tmp_path / name / utils.CHECKPOINT) for name in ("straight", "stopped"))
+    for name, value in first["state_dict"].items():  # averaging once more rounds the running statistics
+        torch.testing.assert_close(second["state_dict"][name], value, rtol=0, atol=1e-6 if "running" in name else 0)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "photos" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+def test_an_error_in_one_process_ends_the_job_with_its_one_line(photos, tmp_path):
+    (photos / "val/bee/2.png").write_bytes(b"broken")  # the last image to validate on: the second process has it
+    command = [photos, "--image-size", 32, "--batch-size", 8, "--workers", 0, "--device", "cpu", "--epochs", 1]
+    start = time.monotonic()
+    status, _, err = finish(torchrun(2, "train_img.py", *command, "--save", tmp_path, "--expname", "run", "--lr", 1e-3))
+    assert status == 1  # torchrun's own
+    assert time.monotonic() - start < 60
+    ours = err.split("Traceback")[0]  # the rest is torchrun's report
+    assert len(re.findall("^train_img.py: error: cannot read the image .*2.png", ours, re.M)) == 1
+    assert "exitcode  : 2" in err
+    assert "engine.py" not in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_arguments_are_reported_once():
+    status, out, err = finish(torchrun(2, "train.py", *DIGITS, "--batch-size", 3))
+    assert (status, out.count("validation set"), err.count("train.py: error:")) == (1, 1, 1)
+    status, _, err = finish(torchrun(2, "train.py", *DIGITS, "--sync-bn"))
+    assert err.count("train.py: error: --sync-bn: torch has it for GPUs only") == 1
