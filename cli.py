@@ -87,6 +87,7 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
     run.add_argument("--seed", type=number(int, 0), default=1)
+    run.add_argument("--deterministic", action="store_true", help="only algorithms that repeat exactly; else an error")
     run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
     add_visdom_flags(run)
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
@@ -264,6 +265,8 @@ def run(
     if checkpoint:
         utils.load_weights(model, checkpoint["state_dict"], args.resume)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if args.deterministic:
+        make_deterministic()
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model.gate_mode, model.threshold = args.gate_mode, args.threshold
@@ -271,6 +274,13 @@ def run(
         run_test(args, checkpoint, data, model, recipe)
     else:
         run_training(args, checkpoint, data, model, recipe, gate_layers)
+
+
+def make_deterministic() -> None:
+    """Has torch raise an error where it knows only algorithms that differ from run to run, as some do on GPUs."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nothing here reads such memory
 
 
 def select(args: argparse.Namespace) -> torch.device:
@@ -317,6 +327,8 @@ def run_training(
             f"the last batch of each epoch would have {data.train.dropped} image(s) and is left out: "
             "BatchNorm of the gates needs two in each process"
         )
+    if next(model.parameters()).device.type == "cpu":
+        utils.keep_memory()
     trainer = make_trainer(args, model, recipe, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
     records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
@@ -324,13 +336,15 @@ def run_training(
     if first > last:
         print(f"epoch {last} is done already; ask for more with --epochs")
         return
-    kept = describe_run(args, data, model, recipe)
+    kept, begun = describe_run(args, data, model, recipe), bool(own)
 
     def begin() -> None:
         """Makes way in the run folder, once there is something to put there."""
+        nonlocal begun
         commands = [*utils.read_json(folder / utils.ARGS).get("commands", []), command()] if own else [command()]
         if not own:
             utils.clear_run_folder(folder)
+        begun = True
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
     board: Any = dashboard.Silent()
@@ -339,29 +353,55 @@ def run_training(
         if world.leads:
             stack.enter_context(utils.without_empty_folders(folder))
             utils.make_run_folder(folder)
+            stack.enter_context(utils.locked(folder))
+            check_still_ours(args, checkpoint, folder)
+            utils.clear_temporaries(folder)
             if own:
                 utils.write_records(folder, records)
+                if checkpoint.get("is_best") and Path(args.resume).name == utils.CHECKPOINT:
+                    utils.mend_best(folder)
             if args.visdom:
                 board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
         print(opening_line(folder, data, model, recipe, first, last), flush=True)
-        best = engine.fit(
-            trainer,
-            data.train,
-            data.val,
-            folder=folder,
-            epochs=range(first, last + 1),
-            records=records,
-            best=best,
-            args=kept,
-            begin=begin,
-            dashboard=board,
-            progress=progress,
-            signals=signals,
-            save_every=60 * (args.checkpoint_minutes or math.inf),
-        )
+        try:
+            best = engine.fit(
+                trainer,
+                data.train,
+                data.val,
+                folder=folder,
+                epochs=range(first, last + 1),
+                records=records,
+                best=best,
+                args=kept,
+                begin=begin,
+                dashboard=board,
+                progress=progress,
+                signals=signals,
+                save_every=60 * (args.checkpoint_minutes or math.inf),
+            )
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {last_checkpoint(folder) if begun else 'nothing was saved yet'}") from error
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
         print(f"stopped after epoch {last} of {recipe.epochs}; continue with --resume {folder / utils.CHECKPOINT}")
+
+
+def check_still_ours(args: argparse.Namespace, checkpoint: dict | None, folder: Path) -> None:
+    """Raises InputError if another process has used the run folder since this one looked."""
+    if not recorded(checkpoint):
+        utils.check_vacant(folder, args.overwrite)
+    elif any(utils.load_checkpoint(args.resume).get(key) != checkpoint.get(key) for key in ("epoch", "seen")):
+        raise InputError(f"another process has just gone on from {args.resume}: start again")
+
+
+def last_checkpoint(folder: Path) -> str:
+    """Where the last good checkpoint is, and what it holds."""
+    path = folder / utils.CHECKPOINT
+    if not path.exists():
+        return "nothing was saved yet"
+    state = utils.load_checkpoint(path)
+    where = f"epoch {state['epoch']}, step {state['step']}" if state.get("step") else f"epoch {state['epoch'] - 1}"
+    return f"the last good checkpoint, after {where}, is {path}"
 
 
 def starting_point(
@@ -432,6 +472,8 @@ def make_trainer(
         if device.type != "cuda":
             raise InputError(f"--sync-bn: torch has it for GPUs only, and this is {device.type}")
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        try_compiler(device)
     gates, others = [], []
     for name, parameter in model.named_parameters():
         (gates if set(name.split(".")) & set(gate_layers) else others).append(parameter)
@@ -454,6 +496,15 @@ def make_trainer(
     )
 
 
+def try_compiler(device: torch.device) -> None:
+    """Raises InputError if torch.compile does not work on this machine."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except Exception as error:  # it can fail in many ways, which have no common class
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"--compile does not work here: {reason}; on a CPU it needs a C++ compiler") from error
+
+
 def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
     """Restores the state of the optimizer and the scaler. Returns the best accuracy so far."""
     optimizer = trainer.optimizer
@@ -467,11 +518,11 @@ def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
     shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        optimizer.load_state_dict(checkpoint["optimizer"])
         buffers = {index: state["momentum_buffer"] for index, state in checkpoint["optimizer"]["state"].items()}
-        for index, buffer in buffers.items():
-            if buffer is not None and tuple(buffer.shape) != shapes[index]:
-                raise ValueError(f"momentum {index} of another shape")
+        for index, buffer in buffers.items():  # before anything is copied
+            if buffer is not None and (tuple(buffer.shape) != shapes[index] or not buffer.is_floating_point()):
+                raise ValueError(f"momentum {index} of another shape or type")
+        optimizer.load_state_dict(checkpoint["optimizer"])
         if trainer.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
             if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in scaler.values()):
                 raise ValueError("its scaler is malformed")

@@ -29,6 +29,7 @@ from processes import ALONE, World
 from utils import Interrupted, TrainingError, derive_seed, progress_bar, topk_correct
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
+STUCK, OFF_TARGET = 0.001, 0.1  # a gate has collapsed if it decides otherwise so seldom, so far from its target
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
 
 
@@ -318,6 +319,26 @@ def check_health(model: nn.Module, loss: float, epoch: int) -> None:
         raise TrainingError(f"the network is not finite after epoch {epoch}: try a smaller --lr")
 
 
+def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
+    """A warning if gates hardly ever decided otherwise in an epoch, though their targets lie elsewhere.
+
+    Args:
+        rates, target_rates: of each of the L blocks.
+    """
+    stuck = [
+        f"{block} ({'open' if rate > 0.5 else 'closed'}, target {target:g})"
+        for block, (rate, target) in enumerate(zip(rates, target_rates, strict=True), start=1)
+        if min(rate, 1 - rate) < STUCK and abs(rate - target) > OFF_TARGET
+    ]
+    if not stuck:
+        return None
+    named = ", ".join(stuck[:5]) + ", ..." * (len(stuck) > 5)
+    return (
+        f"warning: {len(stuck)} of {len(rates)} gates did the same for nearly every image, those of blocks {named}; "
+        "should it stay so, try a larger --lossfact or a smaller --lr"
+    )
+
+
 def averages(sums: dict[str, Tensor], count: int, topk: Sequence[int]) -> dict[str, float]:
     """Sums over `count` images as the means of a record. Reads from the device, once."""
     names = ["loss_classify", "loss_target", *(f"top{k}" for k in topk)]
@@ -554,7 +575,7 @@ def fit(
         trainer.settle()
         if world.leads:
             begin()
-            utils.save_checkpoint(checkpoint_of(trainer, epoch, progress, best, args), is_best, folder)
+            utils.save_checkpoint(checkpoint_of(trainer, epoch, progress, best, is_best, args), folder)
         saved = time.monotonic()
 
     def stop() -> None:
@@ -592,6 +613,7 @@ def fit(
             utils.write_records(folder, records)
         is_best = validated["top1"] > best
         best = max(best, validated["top1"])
+        opened = (progress.sums["gates"] / progress.seen).tolist()
         epoch, progress = epoch + 1, Progress()
         save(is_best)
         dashboard.update(records)
@@ -601,15 +623,17 @@ def fit(
             f"{'  (best)' if is_best else ''}  {seconds:.0f} s, {left / 60:.0f} min left",
             flush=True,
         )
+        if warning := collapsed(opened, recipe.target_rates):
+            print(warning, flush=True)
         if epoch < epochs.stop:
             stop()
     return best
 
 
 def checkpoint_of(
-    trainer: Trainer, epoch: int, progress: Progress, best: float, args: dict[str, Any]
+    trainer: Trainer, epoch: int, progress: Progress, best: float, is_best: bool, args: dict[str, Any]
 ) -> dict[str, Any]:
     """What a checkpoint holds: enough to go on in `epoch` after `progress`. Only tensors, dicts, lists and numbers."""
     state = {"state_dict": trainer.model.state_dict(), "optimizer": trainer.optimizer.state_dict()}
     state |= {"scaler": trainer.scaler.state_dict()}
-    return {"epoch": epoch, "best_prec1": best, **state, **vars(progress), "args": args}
+    return {"epoch": epoch, "best_prec1": best, "is_best": is_best, **state, **vars(progress), "args": args}

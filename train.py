@@ -44,7 +44,7 @@ def make_parser() -> cli.Parser:
 
 
 def depth(text: str) -> int:
-    value = cli.number(int, 8)(text)
+    value = cli.number(int, 8, 1202)(text)
     if value % 6 != 2:
         raise argparse.ArgumentTypeError(f"{value} must be 6 n + 2, such as 20, 32, 44, 56 or 110")
     return value

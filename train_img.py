@@ -40,7 +40,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--pretrained", default="", metavar="FILE",
                         help="start from a plain ResNet as torchvision saves it, or from its own weights: torchvision")
     parser.add_argument("--image-size", type=cli.number(int, 32, 4096), default=224, metavar="PIXELS")
-    parser.add_argument("--workers", type=natural, default=min(4, torch.get_num_threads()),
+    parser.add_argument("--workers", type=cli.number(int, 0, 1024), default=min(4, torch.get_num_threads()),
                         help="processes that decode images")
     parser.add_argument("--lrdecay", type=cli.number(int, 1), default=30, help="epochs between tenfold drops of lr")
     parser.add_argument("--warmup", type=natural, default=0, help="epochs of linear rise to lr")

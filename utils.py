@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,7 +13,9 @@ import platform
 import signal
 import subprocess
 import threading
+import time
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +31,8 @@ import processes
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 ARGS, METRICS, TEST, MATRIX = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy"
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+PATIENCE = 10  # seconds to wait for a run folder; the workers of a killed process keep it for 5
 
 
 class InputError(Exception):
@@ -33,7 +40,7 @@ class InputError(Exception):
 
 
 class TrainingError(Exception):
-    """A training that cannot go on, a non-finite loss for instance: one line; exit status 1."""
+    """A run that cannot go on, for a non-finite loss or a full disk: one line; exit status 1."""
 
 
 class Interrupted(Exception):
@@ -79,7 +86,21 @@ class Signals:
             raise Interrupted(self.received, message)
 
 
-# ---------------------------------------------------------------------------------------------- seeds and devices
+# ---------------------------------------------------------------------------------------------- seeds, memory, devices
+
+
+def keep_memory() -> bool:
+    """Has glibc keep freed memory for the next tensors, instead of returning it to the system with every training step.
+
+    Returned pages come back one page fault at a time, which can take half the time of a step on a CPU
+    (results/memory.log). Returns whether this C library has the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):  # another C library
+        return False
+    largest = 2**31 - 1
+    return all(mallopt(setting, largest) for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
 
 
 def derive_seed(*key: int | str) -> int:
@@ -153,21 +174,63 @@ def get_mean_and_std(dataset: Iterable[tuple[Tensor, Any]]) -> tuple[list[float]
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` only once it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """A binary file that replaces `path` only once it is whole and on the disk.
+
+    Raises:
+        TrainingError: if it cannot be written, for lack of space for instance; `path` is then what it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
+
+
+def clear_temporaries(folder: Path) -> None:
+    """Deletes what writes that were cut off, by SIGKILL for instance, have left in a run folder."""
+    for name in RUN_FILES:
+        for path in folder.glob(f".{name}.*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run folder; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: if another process keeps it locked.
+    """
+    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
     try:
-        os.fsync(folder)  # the rename itself
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() > deadline:
+                    raise InputError(f"another process is training in {folder}: wait for it, or stop it") from error
+                time.sleep(0.1)
+            except OSError as error:  # a file system without locks
+                print(f"{folder} cannot be locked ({error.strerror}): never train in it twice at a time")
+                break
+        yield
     finally:
-        os.close(folder)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it: DataLoader workers share the descriptor
+        finally:
+            os.close(descriptor)
 
 
 def strict(value: Any) -> Any:
@@ -280,14 +343,24 @@ def git_commit() -> str | None:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(state: dict, is_best: bool, folder: Path) -> None:
-    """Writes checkpoint.pth.tar, and model_best.pth.tar if it is the best so far, each atomically.
-
-    The best goes first: after a crash between the two, resuming repeats the epoch and writes both again.
-    """
-    for name in (BEST, CHECKPOINT) if is_best else (CHECKPOINT,):
+def save_checkpoint(state: dict, folder: Path) -> None:
+    """Writes checkpoint.pth.tar and, where state["is_best"], the same as model_best.pth.tar, each atomically."""
+    buffer = io.BytesIO()  # torch.save into a file would tell of a full disk in its own words
+    torch.save(state, buffer)
+    for name in (CHECKPOINT, BEST) if state["is_best"] else (CHECKPOINT,):
         with atomic_write(folder / name) as file:
-            torch.save(state, file)
+            file.write(buffer.getbuffer())
+
+
+def mend_best(folder: Path) -> None:
+    """Writes model_best.pth.tar, which a crash kept `save_checkpoint` from writing after its checkpoint.
+
+    Call it where the checkpoint says that it is the best so far, with the folder locked.
+    """
+    best, checkpoint = folder / BEST, (folder / CHECKPOINT).read_bytes()
+    if not best.exists() or best.read_bytes() != checkpoint:
+        with atomic_write(best) as file:
+            file.write(checkpoint)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -330,6 +403,8 @@ def load_safely(path: str | Path) -> Any:
     try:
         if not Path(path).is_file():
             raise InputError(f"no checkpoint at {path}")
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -340,10 +415,23 @@ def load_safely(path: str | Path) -> Any:
         raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error
 
 
+def check_archive(path: str | Path) -> None:
+    """Raises ValueError unless every byte in a zip file is the one written: torch.load does not check."""
+    with zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("it is compressed, as torch.save never does")
+        if damaged := archive.testzip():
+            raise ValueError(f"the checksum of {damaged} is wrong")
+
+
 def is_state_dict(value: Any) -> bool:
-    if not isinstance(value, dict) or not value:
-        return False
-    return all(isinstance(k, str) and isinstance(v, Tensor) and not v.is_complex() for k, v in value.items())
+    """Whether a value is a dict of names and ordinary tensors."""
+
+    def ordinary(tensor: Any) -> bool:
+        kind = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        return kind and not tensor.is_complex() and not tensor.is_quantized
+
+    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and ordinary(v) for k, v in value.items())
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -398,7 +486,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
     """Copies a state_dict into the model; gates of blocks that have none here are left out.
 
     Raises:
-        InputError: naming keys that are missing, left over, or of another shape; the model is unchanged.
+        InputError: naming keys that are missing, left over, or of another shape or type; the model is unchanged.
     """
     expected = model.state_dict()
     ungated = tuple(
@@ -416,8 +504,14 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
         for key, value in expected.items()
         if key in state and state[key].shape != value.shape
     ]
+    types = [
+        f"{key} {state[key].dtype} instead of {value.dtype}"
+        for key, value in expected.items()
+        if key in state and state[key].is_floating_point() != value.is_floating_point()
+    ]
     problems = []
-    for what, keys in (("missing", missing), ("left over", foreign), ("of another shape", shapes)):
+    named = (("missing", missing), ("left over", foreign), ("of another shape", shapes), ("of another type", types))
+    for what, keys in named:
         if keys:
             problems.append(f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})")
     if problems:

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import train
 import utils
 from convnet_aig import BasicBlock, ResNet_cifar
@@ -268,14 +267,14 @@ def test_print_freq_is_the_number_of_steps_between_lines(run, tmp_path):
 def test_log_interval_is_the_number_of_steps_between_refreshes_on_a_terminal(run, tmp_path, monkeypatch):
     shown = []
 
-    class Terminal(engine.tqdm):
+    class Terminal(utils.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "disable": False})
 
         def set_postfix_str(self, text, refresh=True):
             shown.append((self.n, text))
 
-    monkeypatch.setattr(engine, "tqdm", Terminal)
+    monkeypatch.setattr(utils, "tqdm", Terminal)
     command = [*TINY, "--epochs", 1, "--log-interval", 5, "--save", tmp_path, "--expname", "bar"]
     status, out, _ = run(train.main, *command)
     assert status == 0
@@ -299,7 +298,7 @@ def test_a_last_batch_of_one_image_is_announced_once(run, tmp_path):
     command = ["--dataset", "digits", "--depth", 8, "--batch-size", 359, "--epochs", 2]  # 1,437 = 4 x 359 + 1
     status, out, _ = run(train.main, *command, "--device", "cpu", "--save", tmp_path, "--expname", "odd")
     assert status == 0
-    assert out.count("would be one image") == 1
+    assert out.count("would have 1 image") == 1
 
 
 def test_gate_learning_rate_factor_applies_to_fc2_alone(run, tmp_path):
