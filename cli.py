@@ -15,7 +15,7 @@ import platform
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -333,9 +333,6 @@ def run_training(
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
     records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
-    if first > last:
-        print(f"epoch {last} is done already; ask for more with --epochs")
-        return
     kept, begun = describe_run(args, data, model, recipe), bool(own)
 
     def begin() -> None:
@@ -347,21 +344,13 @@ def run_training(
         begun = True
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
-    board: Any = dashboard.Silent()
-    with contextlib.ExitStack() as stack:
-        signals = stack.enter_context(utils.Signals())
-        if world.leads:
-            stack.enter_context(utils.without_empty_folders(folder))
-            utils.make_run_folder(folder)
-            stack.enter_context(utils.locked(folder))
-            check_still_ours(args, checkpoint, folder)
-            utils.clear_temporaries(folder)
-            if own:
-                utils.write_records(folder, records)
-                if checkpoint.get("is_best") and Path(args.resume).name == utils.CHECKPOINT:
-                    utils.mend_best(folder)
-            if args.visdom:
-                board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+    with utils.Signals() as signals, occupied(args, checkpoint, folder, records):
+        if first > last:
+            print(f"epoch {last} is done already; ask for more with --epochs")
+            return
+        board: Any = dashboard.Silent()
+        if args.visdom and world.leads:
+            board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
         print(opening_line(folder, data, model, recipe, first, last), flush=True)
         try:
             best = engine.fit(
@@ -386,12 +375,32 @@ def run_training(
         print(f"stopped after epoch {last} of {recipe.epochs}; continue with --resume {folder / utils.CHECKPOINT}")
 
 
-def check_still_ours(args: argparse.Namespace, checkpoint: dict | None, folder: Path) -> None:
-    """Raises InputError if another process has used the run folder since this one looked."""
-    if not recorded(checkpoint):
-        utils.check_vacant(folder, args.overwrite)
-    elif any(utils.load_checkpoint(args.resume).get(key) != checkpoint.get(key) for key in ("epoch", "seen")):
-        raise InputError(f"another process has just gone on from {args.resume}: start again")
+@contextlib.contextmanager
+def occupied(
+    args: argparse.Namespace, checkpoint: dict | None, folder: Path, records: list[dict]
+) -> Iterator[None]:
+    """Makes the run folder and keeps others out of it; after a crash, brings its files in line with the checkpoint.
+
+    Raises:
+        InputError: if it cannot be written, or another process trains there, or did since this one looked.
+    """
+    if not processes.world().leads:
+        yield
+        return
+    with utils.without_empty_folders(folder):
+        utils.make_run_folder(folder)
+        with utils.locked(folder):
+            utils.clear_temporaries(folder)
+            if not recorded(checkpoint):
+                utils.check_vacant(folder, args.overwrite)
+            else:
+                now = utils.load_checkpoint(args.resume)
+                if any(now.get(key) != checkpoint.get(key) for key in ("epoch", "seen")):
+                    raise InputError(f"another process has just gone on from {args.resume}: start again")
+                utils.write_records(folder, records)
+                if now.get("is_best") and Path(args.resume).name == utils.CHECKPOINT:
+                    utils.mend_best(folder)
+            yield
 
 
 def last_checkpoint(folder: Path) -> str:

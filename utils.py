@@ -297,10 +297,9 @@ def check_vacant(folder: Path, overwrite: bool) -> None:
     except OSError as error:
         raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
     if taken and not overwrite:
-        raise InputError(
-            f"{folder} already holds a run: choose another --expname, go on with --resume {folder / CHECKPOINT}, "
-            "or replace it with --overwrite"
-        )
+        go_on = f", go on with --resume {folder / CHECKPOINT}" if (folder / CHECKPOINT).exists() else ""
+        how = f"choose another --expname{go_on}, or replace it with --overwrite"
+        raise InputError(f"{folder} already holds a run: {how}")
 
 
 def make_run_folder(folder: Path) -> None:
