@@ -46,6 +46,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        """As the original, but for `--flag=--`, of which that makes an empty list."""
+        for text in sys.argv[1:] if args is None else args:
+            if text.endswith("=--"):
+                self.error(f"argument {text.removesuffix('=--')}: invalid value: '--'")
+        return super().parse_args(args, namespace)
+
 
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
@@ -190,7 +197,7 @@ def inherit(
             typed += action.option_strings[:1] * (value is True)
         elif not action.option_strings:
             typed.insert(0, str(value))
-        elif isinstance(value, list):
+        elif isinstance(value, list) and action.nargs:
             typed += [action.option_strings[0], *map(str, value)]
         else:
             typed.append(f"{action.option_strings[0]}={value}")

@@ -138,7 +138,7 @@ ARGUMENTS = """
     --resume run/checkpoint.pth.tar --depth 14 | --test --resume run/args.json
     --test --visdom --resume run/model_best.pth.tar | --resume run/checkpoint.pth.tar --expname other
     --test --dataset folder --data photos --resume run/model_best.pth.tar
-    --resume run/checkpoint.pth.tar --epochs 2 --target 1
+    --resume run/checkpoint.pth.tar --epochs 2 --target 1 | --epochs=-- | --expname=--
 """
 
 
@@ -241,8 +241,8 @@ CHECKPOINTS = {
     },
     "cut by a byte": lambda p: p.file(p.checkpoint[:-1]),
     **{
-        f"bit {bit} of {record} flipped": lambda p, r=record, b=bit: p.flipped(r, b)
-        for record in ("data.pkl", "data/0", "data/7", "version", "byteorder")
+        f"bit {bit} of {record.strip(chr(47))} flipped": lambda p, r=record, b=bit: p.flipped(r, b)
+        for record in ("data.pkl", "data/0", "data/7", "/version", "byteorder")
         for bit in (0, 6)
     },
     "a text": lambda p: p.file(b"weights"),

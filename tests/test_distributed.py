@@ -21,6 +21,7 @@ from torch import nn
 import engine
 import inference
 import processes
+import train
 import utils
 from convnet_aig import BasicBlock, ResNet_cifar
 from data import SmallImageLoader, SmallImages
@@ -91,27 +92,31 @@ def settled():
     return model.bn1.running_mean.tolist()
 
 
-def work(rank, size, folder, function, arguments):
+STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0)]  # images, parts, weight of the target-rate loss
+TASKS = {
+    **{("step", *arguments): (step, *arguments) for arguments in STEPS},
+    **{("evaluation", mode): (evaluation, mode) for mode in ("argmax", "sample")},
+    "settled": (settled,),
+}
+
+
+def work(rank, size, folder):
+    """Does all the tasks as one of several processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
-    torch.save(globals()[function](*arguments), f"{folder}/{rank}.pt")
+    torch.save({name: function(*arguments) for name, (function, *arguments) in TASKS.items()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 # ---------------------------------------------------------------------------------------------- the tests
 
 
-@pytest.fixture
-def in_processes(tmp_path):
-    """Runs a function of this module in several processes, and returns what it returned in each."""
-
-    def call(size, function, *arguments):
-        folder = tmp_path / f"{function}-{size}-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        torch.multiprocessing.spawn(work, (size, folder, function.__name__, arguments), size)
-        return [torch.load(folder / f"{rank}.pt") for rank in range(size)]
-
-    return call
+@pytest.fixture(scope="module", params=[2, 3])
+def done(request, tmp_path_factory):
+    """What so many processes got for each of the tasks: a dict for each process."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(work, (request.param, folder), request.param)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 
 def torchrun(count, script, *arguments, **options):
@@ -128,13 +133,13 @@ def finish(process):
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(("count", "accumulate", "lossfact"), [(16, 1, 2), (13, 1, 2), (13, 2, 0)])
-def test_processes_take_the_step_of_one(in_processes, count, accumulate, lossfact):
+@pytest.mark.parametrize(("count", "accumulate", "lossfact"), STEPS)
+def test_processes_take_the_step_of_one(done, count, accumulate, lossfact):
     sums, gradients = step(count, accumulate, lossfact)
     assert lossfact == 0 or sums["loss_target"] > 0
     assert 0 < sums["gates"].sum() < 3 * count
     assert any(gradient.abs().max() > 1e-3 for name, gradient in gradients.items() if "fc2" in name or not lossfact)
-    for other_sums, other_gradients in in_processes(2, step, count, accumulate, lossfact):
+    for other_sums, other_gradients in (results["step", count, accumulate, lossfact] for results in done):
         assert set(other_sums) == set(sums)
         for name, value in sums.items():
             torch.testing.assert_close(other_sums[name], value, rtol=1e-9, atol=1e-9)
@@ -142,13 +147,12 @@ def test_processes_take_the_step_of_one(in_processes, count, accumulate, lossfac
             torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
-def test_processes_evaluate_every_image_once(in_processes, size, mode):
+def test_processes_evaluate_every_image_once(done, mode):
     alone = evaluation(mode)
     assert 0.05 < alone["execution_rate"] < 0.95
     assert sum(alone["executed_blocks"]) == 1797
-    for record in in_processes(size, evaluation, mode):
+    for record in (results["evaluation", mode] for results in done):
         assert set(record) == set(alone)
         for name, value in alone.items():
             if name.startswith("loss"):
@@ -157,8 +161,8 @@ def test_processes_evaluate_every_image_once(in_processes, size, mode):
                 assert record[name] == value, name
 
 
-def test_batch_norm_statistics_become_those_of_all_processes(in_processes):
-    assert in_processes(3, settled) == [[1.0] * 16] * 3
+def test_batch_norm_statistics_become_those_of_all_processes(done):
+    assert [results["settled"] for results in done] == [[(len(done) - 1) / 2] * 16] * len(done)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 256])
@@ -194,24 +198,24 @@ def records(folder):
     return [json.loads(line) for line in (folder / utils.METRICS).read_text().splitlines()]
 
 
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    run = ["--epochs", 3, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
-    status, out, err = finish(torchrun(2, "train.py", *DIGITS, *run))
+def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
+    first = ["--epochs", 3, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
+    status, out, err = finish(torchrun(2, "train.py", *DIGITS, *first))
     assert (status, err) == (0, "")
     folder = tmp_path / "run"
     assert out.count("epoch 1/3") == 1  # one process prints
     assert json.loads((folder / utils.ARGS).read_text())["processes"] == 2
     resume = ["--resume", folder / utils.CHECKPOINT, "--device", "cpu", "--stop-after", 1]
-    alone = subprocess.run([sys.executable, ROOT / "train.py", *map(str, resume)], capture_output=True, text=True)
-    assert (alone.returncode, alone.stderr) == (0, "")
+    status, out, err = run(train.main, *resume)
+    assert (status, err) == (0, "")
     status, out, err = finish(torchrun(3, "train.py", *resume))
     assert (status, err) == (0, "")
     assert [record["epoch"] for record in records(folder)] == [1, 2, 3]
     assert records(folder)[2]["train"]["loss"] < records(folder)[0]["train"]["loss"]
     test = ["--test", "--resume", folder / utils.BEST, "--device", "cpu"]
     results = []
-    for count in (1, 2):
-        status, out, err = finish(torchrun(count, "train.py", *test))
+    for start in (lambda: run(train.main, *test), lambda: finish(torchrun(2, "train.py", *test))):
+        status, out, err = start()
         assert (status, err) == (0, "")
         results.append(json.loads((folder / utils.TEST).read_text())["argmax"])
     for name in ("top1", "gates", "classes", "executed_blocks", "macs_mean", "macs_quantiles", "macs_classes"):
