@@ -32,6 +32,7 @@ from convnet_aig import GATE_MODES, RUNS_EVERYTHING, AdaptiveResNet
 from utils import InputError, Interrupted, TrainingError
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+AUTO = "auto"
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
 PER_CALL += ("visdom", "visdom_server", "visdom_port", "visdom_env")
@@ -88,13 +89,16 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     run.add_argument("--expname", type=experiment_name, help="name of the experiment and its run folder")
     run.add_argument("--save", default="", metavar="DIR", help="root of the run folders; '' means runs")
     run.add_argument("--overwrite", action="store_true", help="replace an earlier run of that name")
-    run.add_argument("--resume", default="", metavar="FILE", help="continue (or --test) this checkpoint")
+    run.add_argument("--resume", default="", metavar="FILE",
+                     help="continue (or --test) this checkpoint; auto: that of the run folder, if it has one")
     run.add_argument("--stop-after", type=positive, metavar="N", help="end after N more epochs, schedule unchanged")
     run.add_argument("--checkpoint-minutes", type=above0, metavar="M", help="save in mid-epoch, too, every M minutes")
     run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
     run.add_argument("--seed", type=number(int, 0), default=1)
-    run.add_argument("--deterministic", action="store_true", help="only algorithms that repeat exactly; else an error")
+    switch = argparse.BooleanOptionalAction
+    run.add_argument("--deterministic", action=switch, default=False,
+                     help="only algorithms that repeat exactly; else an error")
     run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
     add_visdom_flags(run)
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
@@ -110,14 +114,13 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
     speed = parser.add_argument_group("speed of training")
-    switch = argparse.BooleanOptionalAction
     speed.add_argument("--amp", default="off", choices=AMP, help="mixed precision; gates and losses stay in float32")
     speed.add_argument("--compile", action=switch, default=False, help="torch.compile: slow to start, then faster")
     speed.add_argument("--channels-last", action=switch, default=True, help="memory format of images and weights")
     speed.add_argument("--fused", action=switch, help="fused SGD (default: on CUDA)")
     speed.add_argument("--tf32", action=switch, help="TF32 products on NVIDIA GPUs (default: torch's own, in "
                                                      "convolutions only)")
-    speed.add_argument("--sync-bn", action="store_true", help="BatchNorm over the images of all processes' GPUs")
+    speed.add_argument("--sync-bn", action=switch, default=False, help="BatchNorm over the images of all GPUs")
     evaluation = parser.add_argument_group("evaluation")
     evaluation.add_argument("--test", action="store_true", help="evaluate the --resume checkpoint and stop")
     evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
@@ -151,6 +154,8 @@ def parse(
     unset = object()
     explicit = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     explicit = {name: value for name, value in explicit.items() if value is not unset and value is not None}
+    if args.resume == AUTO:
+        find_resumable(args, explicit)
     if args.test and not args.resume:
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if args.dense and not args.test:
@@ -176,6 +181,17 @@ def parse(
     return args, checkpoint
 
 
+def find_resumable(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
+    """Makes of `--resume auto` the checkpoint of the run folder, or a start where there is none yet."""
+    folder = run_folder(args, None)
+    there = (folder / utils.CHECKPOINT).exists()
+    args.resume = explicit["resume"] = str(folder / utils.CHECKPOINT) if there else ""
+    if there:
+        explicit.pop("pretrained", None)
+    elif not (folder / utils.BEST).exists():
+        args.overwrite = True  # what a run left that ended before its first checkpoint
+
+
 def inherit(
     parser: Parser, own: dict, explicit: dict[str, Any], architecture: Sequence[str], source: str
 ) -> argparse.Namespace:
@@ -191,6 +207,9 @@ def inherit(
         value = own.get(action.dest)
         if value is None or action.dest in PER_CALL:
             continue
+        loose = value if isinstance(value, list) else [] if action.option_strings else [value]
+        if any(str(word).startswith("-") for word in loose):  # which would be flags by themselves
+            raise InputError(f"{source}: the {action.dest} it records is unfit: {value}")
         if isinstance(action, argparse.BooleanOptionalAction):
             typed.append(action.option_strings[value is False])
         elif action.nargs == 0:
@@ -341,14 +360,16 @@ def run_training(
     records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     kept, begun = describe_run(args, data, model, recipe), bool(own)
+    commands = [*earlier_commands(folder), command()] if own else [command()]
 
     def begin() -> None:
         """Makes way in the run folder, once there is something to put there."""
         nonlocal begun
-        commands = [*utils.read_json(folder / utils.ARGS).get("commands", []), command()] if own else [command()]
-        if not own:
-            utils.clear_run_folder(folder)
         begun = True
+        if own:
+            utils.write_records(folder, records)
+        else:
+            utils.clear_run_folder(folder)
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
     with utils.Signals() as signals, occupied(args, checkpoint, folder, records):
@@ -404,10 +425,19 @@ def occupied(
                 now = utils.load_checkpoint(args.resume)
                 if any(now.get(key) != checkpoint.get(key) for key in ("epoch", "seen")):
                     raise InputError(f"another process has just gone on from {args.resume}: start again")
-                utils.write_records(folder, records)
-                if now.get("is_best") and Path(args.resume).name == utils.CHECKPOINT:
-                    utils.mend_best(folder)
+                if Path(args.resume).name == utils.CHECKPOINT and args.start_epoch == now["epoch"]:
+                    utils.write_records(folder, records)  # else the records of later epochs stay until there are others
+                    if now.get("is_best"):
+                        utils.mend_best(folder)
             yield
+
+
+def earlier_commands(folder: Path) -> list[str]:
+    """The commands that args.json records. Raises InputError if it is damaged."""
+    commands = utils.read_json(folder / utils.ARGS).get("commands", [])
+    if not isinstance(commands, list):
+        raise InputError(f"{folder / utils.ARGS} is damaged: move it away")
+    return commands
 
 
 def last_checkpoint(folder: Path) -> str:
@@ -456,6 +486,7 @@ def progress_in(
         names = ["loss_classify", "loss_target", *(f"top{k}" for k in recipe.topk)]
         shapes = {"gates": (len(recipe.target_rates),), **dict.fromkeys(names, ())}
         fit = fit and {name: tuple(values.shape) for name, values in progress.sums.items()} == shapes
+        fit = fit and all(utils.is_ordinary(values) and values.is_floating_point() for values in progress.sums.values())
         fit = fit and all(values.isfinite().all() for values in progress.sums.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{args.resume}: what it records of its unfinished epoch is damaged ({error})") from error
@@ -512,6 +543,29 @@ def make_trainer(
     )
 
 
+def momentum_only(saved: dict, optimizer: torch.optim.SGD) -> dict[str, Any]:
+    """A state_dict for the optimizer with nothing of the saved one but its momentum, checked before it is copied.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: if it does not fit.
+    """
+    own = optimizer.state_dict()
+    sizes, own_sizes = ([len(group["params"]) for group in each["param_groups"]] for each in (saved, own))
+    if sizes != own_sizes:
+        raise ValueError(f"groups of {sizes} parameters instead of {own_sizes}")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    own["state"] = {}
+    for index, (number, parameter) in enumerate(zip(numbers, parameters, strict=True)):
+        buffer = saved["state"].get(number, {}).get("momentum_buffer")
+        if buffer is None:
+            continue
+        if not utils.is_ordinary(buffer) or buffer.shape != parameter.shape or not buffer.is_floating_point():
+            raise ValueError(f"momentum {index} of another shape or type")
+        own["state"][index] = {"momentum_buffer": buffer}
+    return own
+
+
 def try_compiler(device: torch.device) -> None:
     """Raises InputError if torch.compile does not work on this machine."""
     try:
@@ -531,17 +585,14 @@ def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
     if "optimizer" not in checkpoint:  # as in the original's files
         print(f"{source} holds no optimizer state: the momentum starts at zero")
         return best
-    shapes = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"]]
     wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
-        buffers = {index: state["momentum_buffer"] for index, state in checkpoint["optimizer"]["state"].items()}
-        for index, buffer in buffers.items():  # before anything is copied
-            if buffer is not None and (tuple(buffer.shape) != shapes[index] or not buffer.is_floating_point()):
-                raise ValueError(f"momentum {index} of another shape or type")
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.load_state_dict(momentum_only(checkpoint["optimizer"], optimizer))
         if trainer.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
-            if not all(isinstance(value, (int, float)) and math.isfinite(value) for value in scaler.values()):
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in scaler.values()):
                 raise ValueError("its scaler is malformed")
+            if scaler["scale"] <= 0:
+                raise ValueError("its scaler's scale is not above 0")
             trainer.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
@@ -672,6 +723,8 @@ def outcome(script: Callable[[], None], name: str, failures: processes.Failures)
         if failures.first():
             raise
         return 1  # because another process failed, and said why
-    if failures.first():
+    # what stops a training does so in all processes, or in the leading one; bad input may be that of one alone
+    first = failures.first()
+    if first if status == 2 else processes.world().leads:
         print(line, file=sys.stderr)
     return status

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,21 @@ def draw_noise(num_gates: int, num_images: int, like: Tensor) -> Tensor:
 def log_odds(probability: float) -> float:
     """The difference of two logits, "execute" - "skip", at which P(open) is `probability`."""
     return math.log(probability / (1 - probability))
+
+
+class ScaledBranch(torch.autograd.Function):
+    """z F for a branch F (N, C, H, W) in low precision and z (N,), whose gradient is summed up in z's precision."""
+
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(residual, z)
+        return residual * z.to(residual.dtype).view(-1, 1, 1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        residual, z = ctx.saved_tensors
+        of_z = (gradient * residual).sum((1, 2, 3), dtype=z.dtype)
+        return gradient * z.to(gradient.dtype).view(-1, 1, 1, 1), of_z
 
 
 class GatedBlock(nn.Module):
@@ -130,8 +146,9 @@ class GatedBlock(nn.Module):
         if not self.gated or mode == "all":
             return F.relu(residual.add_(shortcut), inplace=True), x.new_ones(len(x))
         z = self.gate(x, mode, threshold, temperature, noise)
-        out = (residual * z.to(residual.dtype).view(-1, 1, 1, 1)).add_(shortcut)
-        return F.relu(out, inplace=True), z
+        autocast = residual.dtype != z.dtype
+        out = ScaledBranch.apply(residual, z) if autocast else residual * z.view(-1, 1, 1, 1)
+        return F.relu(out.add_(shortcut), inplace=True), z
 
 
 class BasicBlock(GatedBlock):

@@ -29,6 +29,7 @@ from processes import ALONE, World
 from utils import Interrupted, TrainingError, derive_seed, progress_bar, topk_correct
 
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
+LEAST_SCALE = 1e-3  # of a loss in float16, reached only if every step is left out
 STUCK, OFF_TARGET = 0.001, 0.1  # a gate has collapsed if it decides otherwise so seldom, so far from its target
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
 
@@ -143,7 +144,8 @@ class Trainer:
         self.network: nn.Module = model
         if world.size > 1:  # BatchNorm's statistics are averaged by `settle`, when someone is to use them
             devices = None if device.type == "cpu" else [device]
-            with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # the new name is too new to use
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is too new to use
                 self.network = DistributedDataParallel(
                     model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
                 )
@@ -282,6 +284,8 @@ def train_epoch(
     first_bad = torch.full((), -1, device=device)  # stays on the device until something is printed anyway
     steps = len(loader)
     with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", steps, "step", initial=progress.step) as bar:
+        interval = recipe.print_freq if bar.disable else recipe.log_interval
+        (interval,) = trainer.world.agree(interval if trainer.world.leads else 0)  # only the first knows its terminal
         for step, (images, labels) in enumerate(loader.batches(epoch, progress.step), start=progress.step + 1):
             if recipe.warmup:
                 set_lr(trainer.optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
@@ -293,21 +297,23 @@ def train_epoch(
             progress.step, progress.seen = step, progress.seen + count
             first_bad = first_bad.masked_fill(broken & (first_bad < 0), step)
             bar.update()
-            if step % (recipe.print_freq if bar.disable else recipe.log_interval) == 0:
-                check_finite(first_bad, epoch)
+            if step % interval == 0:
+                check_finite(trainer, first_bad, epoch)
                 line = brief(averages(progress.sums, progress.seen, recipe.topk))
                 if bar.disable:
                     print(f"epoch {epoch}/{recipe.epochs} step {step}/{steps}  {line}", flush=True)
                 else:
                     bar.set_postfix_str(line)
-            after_step(lambda bad=first_bad: check_finite(bad, epoch))
-    check_finite(first_bad, epoch)
+            after_step(lambda bad=first_bad: check_finite(trainer, bad, epoch))
+    check_finite(trainer, first_bad, epoch)
     return averages(progress.sums, progress.seen, recipe.topk)
 
 
-def check_finite(first_bad: Tensor, epoch: int) -> None:
+def check_finite(trainer: Trainer, first_bad: Tensor, epoch: int) -> None:
     """Raises TrainingError if a step of the epoch had a non-finite loss or gradient. Reads from the device."""
     step = int(first_bad)
+    if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < LEAST_SCALE:
+        raise TrainingError(f"no float16 gradient of epoch {epoch} is finite, however scaled: try --amp bf16 or off")
     if step >= 0:
         raise TrainingError(f"loss or gradient not finite since epoch {epoch}, step {step}: try a smaller --lr")
 
@@ -501,8 +507,11 @@ def accelerate(model: AdaptiveResNet, loader: Loader) -> inference.Accelerated:
     On a CPU it always skips: that mostly pays for the paper's networks (results/latency.log), and a choice by the clock
     would make results round differently from run to run. Elsewhere a first batch has to tell.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return inference.accelerate(model.eval(), None if on_cpu else next(iter(loader.batches()))[0])
+    if next(model.parameters()).device.type == "cpu":
+        return inference.accelerate(model.eval())
+    network = inference.accelerate(model, next(iter(loader.batches()))[0])
+    network.conditional = bool(*loader.world.agree(network.conditional))  # all processes in the same way
+    return network
 
 
 def mean_of(results: list[Any]) -> Any:
@@ -578,18 +587,21 @@ def fit(
             utils.save_checkpoint(checkpoint_of(trainer, epoch, progress, best, is_best, args), folder)
         saved = time.monotonic()
 
-    def stop() -> None:
-        where = f"epoch {epoch}, {progress.step} of {len(train)} steps"
-        (signals.received,) = world.agree(signals.received)
-        signals.check(f"stopped in {where}; continue with --resume {folder / utils.CHECKPOINT}")
+    def stop(number: int | None = None) -> None:
+        """Raises Interrupted for the signal of this number; asks the processes if there was one where it is None."""
+        if number is None:
+            (number,) = world.agree(signals.received)
+        if number:
+            where = f"epoch {epoch}, {progress.step} of {len(train)} steps"
+            raise Interrupted(number, f"stopped in {where}; continue with --resume {folder / utils.CHECKPOINT}")
 
     def after_step(check: Callable[[], None]) -> None:
-        signals.received, due = world.agree(signals.received, time.monotonic() - saved > save_every)
-        if signals.received or due:
+        number, due = world.agree(signals.received, time.monotonic() - saved > save_every)
+        if number or due:
             check()
             progress.seconds = earlier + time.perf_counter() - start
             save()
-            stop()
+            stop(number)
 
     for epoch in epochs:
         start, earlier = time.perf_counter(), progress.seconds

@@ -9,7 +9,7 @@ NCCL between GPUs. A process on its own is a world of one, which communicates wi
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -58,13 +58,6 @@ class World:
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return highest.tolist()
 
-    def average(self, tensors: Iterable[Tensor]) -> None:
-        """Replaces floating-point tensors by their means over the processes."""
-        for tensor in tensors:
-            if self.size > 1 and tensor.is_floating_point():
-                dist.all_reduce(tensor)
-                tensor /= self.size
-
     def gather(self, values: Tensor) -> Tensor:
         """The values (n, ...) of all processes behind each other, where they may differ in n."""
         if self.size == 1:
@@ -96,6 +89,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_size() -> int:
+    """The number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 class Failures:
     """Which process reports why the job ends. Those that fail because another did stay silent."""
 
@@ -104,7 +102,10 @@ class Failures:
 
     def first(self) -> bool:
         """Whether this process is the first to fail, and marks it as failed."""
-        return self.store is None or self.store.add("failed", 1) == 1
+        try:
+            return self.store is None or self.store.add("failed", 1) == 1
+        except dist.DistError:  # torchrun, which keeps the store, is gone
+            return world().leads
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import io
@@ -17,7 +18,7 @@ import time
 import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,8 +31,10 @@ import processes
 
 CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
 ARGS, METRICS, TEST, MATRIX = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy"
+KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float), "is_best": (bool,), "sums": (dict,)}
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+LOCK = ".lock"
 PATIENCE = 10  # seconds to wait for a run folder; the workers of a killed process keep it for 5
 
 
@@ -67,7 +70,7 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
-            handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+            handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
             self.usual = {number: signal.signal(number, self.note) for number in handled}
         return self
 
@@ -79,11 +82,6 @@ class Signals:
         self.received = number
         if processes.world().size == 1:
             self.__exit__()
-
-    def check(self, message: str) -> None:
-        """Raises Interrupted with this message if a signal was received."""
-        if self.received:
-            raise Interrupted(self.received, message)
 
 
 # ---------------------------------------------------------------------------------------------- seeds, memory, devices
@@ -99,8 +97,11 @@ def keep_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
+    # where large blocks come from, up to 32 MiB in older versions; only then what becomes of them, because that setting
+    # alone would stop glibc from adapting the first by itself
     largest = 2**31 - 1
-    return all(mallopt(setting, largest) for setting in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
+    mapped = any(mallopt(M_MMAP_THRESHOLD, size) for size in (largest, 2**25))
+    return mapped and bool(mallopt(M_TRIM_THRESHOLD, largest))
 
 
 def derive_seed(*key: int | str) -> int:
@@ -115,10 +116,15 @@ def select_device(name: str) -> torch.device:
         name = next(kind for kind, present in available.items() if present)
     if not available[name]:
         raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto or cpu")
-    if name == "cuda" and processes.world().size > 1:
-        torch.cuda.set_device(processes.local_rank())
-        return torch.device(name, processes.local_rank())
-    return torch.device(name)
+    if processes.world().size == 1 or name == "cpu":
+        return torch.device(name)
+    if name != "cuda":
+        raise InputError(f"--device {name}: several processes need CUDA or --device cpu")
+    gpu, gpus = processes.local_rank(), torch.cuda.device_count()
+    if gpu >= gpus:
+        raise InputError(f"this machine has {gpus} GPUs: use torchrun --nproc-per-node {gpus}")
+    torch.cuda.set_device(gpu)
+    return torch.device(name, gpu)
 
 
 def device_name(device: torch.device) -> str:
@@ -189,13 +195,16 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
     except OSError as error:
         raise TrainingError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not do it
+            raise TrainingError(f"cannot be sure that {path} is on the disk ({error.strerror})") from error
+    finally:
+        os.close(folder)
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -212,25 +221,27 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         InputError: if another process keeps it locked.
     """
-    descriptor, deadline = os.open(folder, os.O_RDONLY), time.monotonic() + PATIENCE
-    try:
-        while True:
+    path, deadline = folder / LOCK, time.monotonic() + PATIENCE
+    while True:
+        with path.open("w") as file:  # network file systems pass on locks of files, not of folders
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 if time.monotonic() > deadline:
                     raise InputError(f"another process is training in {folder}: wait for it, or stop it") from error
                 time.sleep(0.1)
-            except OSError as error:  # a file system without locks
+                continue
+            except OSError as error:
                 print(f"{folder} cannot be locked ({error.strerror}): never train in it twice at a time")
-                break
-        yield
-    finally:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it: DataLoader workers share the descriptor
-        finally:
-            os.close(descriptor)
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # who had it has just removed it
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+                with suppress(OSError):  # closing would not do it: DataLoader workers share the descriptor
+                    fcntl.flock(file, fcntl.LOCK_UN)
+            return
 
 
 def strict(value: Any) -> Any:
@@ -375,6 +386,10 @@ def load_checkpoint(path: str | Path) -> dict:
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
         raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
     checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
+    for name, kinds in KINDS.items():
+        if name in checkpoint and type(checkpoint[name]) not in kinds:
+            kind = type(checkpoint[name]).__name__
+            raise InputError(f"{path}: its {name} is a {kind}; not a checkpoint of this program")
     check_args(checkpoint.get("args", {}), path)
     return checkpoint
 
@@ -420,17 +435,20 @@ def check_archive(path: str | Path) -> None:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("it is compressed, as torch.save never does")
         if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            raise ValueError(f"the checksum of {damaged} is wrong, or it was saved without checksums")
 
 
 def is_state_dict(value: Any) -> bool:
     """Whether a value is a dict of names and ordinary tensors."""
+    named = isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value)
+    return named and all(map(is_ordinary, value.values()))
 
-    def ordinary(tensor: Any) -> bool:
-        kind = isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        return kind and not tensor.is_complex() and not tensor.is_quantized
 
-    return isinstance(value, dict) and bool(value) and all(isinstance(k, str) and ordinary(v) for k, v in value.items())
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is a tensor of real numbers that are all there."""
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_complex() and not value.is_quantized
 
 
 def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:

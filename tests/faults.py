@@ -66,7 +66,7 @@ def finish(folder: Path, epochs: int, *more: str) -> None:
 def disturb(process: subprocess.Popen, number: int, chance: random.Random) -> str:
     """Sends a signal at a random moment. Returns when: at startup, or after which kind of line."""
     if number == signal.SIGKILL and chance.random() < AT_STARTUP:
-        time.sleep(chance.uniform(0, 3))
+        time.sleep(chance.uniform(0, 1))  # to import torch takes longer
         where = "startup"
     else:
         left, where = chance.randint(1, MOST_LINES), "training"

@@ -37,18 +37,24 @@ class Place:
 
     def changed(self, **changes):
         """The checkpoint with other values under some keys; None leaves a key out."""
-        state = torch.load(io.BytesIO(self.checkpoint), weights_only=True)
-        state.update(changes)
+        state = {**self.state(), **changes}
         return self.file({key: value for key, value in state.items() if value is not None})
 
+    def state(self):
+        return torch.load(io.BytesIO(self.checkpoint), weights_only=True)
+
     def args(self, **changes):
-        state = torch.load(io.BytesIO(self.checkpoint), weights_only=True)
-        return self.changed(args={**state["args"], **changes})
+        return self.changed(args={**self.state()["args"], **changes})
 
     def weights(self, change):
-        state = torch.load(io.BytesIO(self.checkpoint), weights_only=True)["state_dict"]
-        change(state)
-        return self.changed(state_dict=state)
+        weights = self.state()["state_dict"]
+        change(weights)
+        return self.changed(state_dict=weights)
+
+    def momentum(self, change):
+        optimizer = self.state()["optimizer"]
+        optimizer["state"][0]["momentum_buffer"] = change(optimizer["state"][0]["momentum_buffer"])
+        return self.changed(optimizer=optimizer)
 
     def bomb(self):
         """An object whose unpickling would leave a file."""
@@ -233,6 +239,8 @@ def numpy_archive():
 
 
 
+SUMS = {name: torch.zeros((), dtype=torch.double) for name in ("loss_classify", "loss_target", "top1")}
+SUMS["gates"] = torch.zeros(3, dtype=torch.double)
 IMMENSE = torch.zeros(1).expand(10**6, 10**6)  # declared; there is one number in the file
 CHECKPOINTS = {
     **{
@@ -259,6 +267,8 @@ CHECKPOINTS = {
     "code in a file of the old format": lambda p: p.file(legacy({"state_dict": p.bomb()})),
     "a pickle without end": lambda p: p.archive(data_pkl=b"\x80\x02" + b"(" * 100_000),
     "a pickle of a declared length of 2^31": lambda p: p.archive(data_pkl=b"\x80\x02X\xff\xff\xff\x7fabc."),
+    "a storage larger than its record": lambda p: p.archive(**{"7": bytes(8)}),
+    "a storage smaller than its record": lambda p: p.archive(**{"7": bytes(10**6)}),
     "a deeply nested list": lambda p: p.archive(data_pkl=b"\x80\x02" + b"]" * 9999 + b"a" * 9998 + b"."),
     "a list": lambda p: p.file([1, 2]),
     "a number": lambda p: p.file(3),
@@ -305,12 +315,26 @@ RESUMING = {
     "a best accuracy that is a list": lambda p: p.changed(best_prec1=[1]),
     "an optimizer that is a word": lambda p: p.changed(optimizer="sgd"),
     "an optimizer without groups": lambda p: p.changed(optimizer={"state": {}, "param_groups": []}),
-    "an optimizer of immense momentum": lambda p: p.changed(
-        optimizer={"state": {0: {"momentum_buffer": IMMENSE}}, "param_groups": []}
-    ),
+    "immense momentum": lambda p: p.momentum(lambda buffer: IMMENSE),
+    "momentum without values": lambda p: p.momentum(lambda buffer: buffer.to("meta")),
+    "sparse momentum": lambda p: p.momentum(torch.Tensor.to_sparse),
+    "integer momentum": lambda p: p.momentum(torch.Tensor.long),
+    "momentum that is a word": lambda p: p.momentum(lambda buffer: "fast"),
     "a step in an epoch without sums": lambda p: p.changed(step=2, seen=512),
     "a step that is a word": lambda p: p.changed(step="two"),
-    "a step beyond the epoch": lambda p: p.changed(step=10**9, seen=10**12),
+    "a step that is a tensor": lambda p: p.changed(step=torch.ones(2, 2)),
+    "a step that is a fraction": lambda p: p.changed(step=2.0, seen=512, sums=SUMS),
+    "a step beyond the epoch": lambda p: p.changed(step=10**9, seen=1437, sums=SUMS),
+    "images that are a tensor": lambda p: p.changed(seen=torch.ones(2, 2)),
+    "an answer that is a tensor": lambda p: p.changed(is_best=torch.ones(2, 2)),
+    "seconds that are a tensor": lambda p: p.changed(step=2, seen=512, sums=SUMS, seconds=torch.ones(())),
+    "sums that are integers": lambda p: p.changed(step=2, seen=512, sums={k: v.long() for k, v in SUMS.items()}),
+    "flags in a list": lambda p: p.args(milestones=["--visdom", "--visdom-server=http://localhost"]),
+    "a flag in a list": lambda p: p.args(milestones=["-h"]),
+    "a scale of zero": lambda p: p.changed(
+        args={**p.state()["args"], "amp": "fp16"},
+        scaler={"scale": 0.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 9, "_growth_tracker": 0},
+    ),
 }
 
 

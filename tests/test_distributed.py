@@ -23,7 +23,7 @@ import inference
 import processes
 import train
 import utils
-from convnet_aig import BasicBlock, ResNet_cifar
+from convnet_aig import BasicBlock, ResNet_cifar, draw_noise
 from data import SmallImageLoader, SmallImages
 
 ROOT = Path(__file__).parent.parent
@@ -92,11 +92,23 @@ def settled():
     return model.bn1.running_mean.tolist()
 
 
+def half_precision():
+    """Gradients of a step in float16, which all processes must share."""
+    model, world = network().float().train(), processes.world()
+    trainer = engine.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, amp=torch.float16, world=world)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # at the usual one the first steps are left out
+    loader = SmallImageLoader(digits(), 16, ([0.5] * 3, [0.5] * 3), world=world)
+    trainer.step(*next(loader.batches()), 16)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
 STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0)]  # images, parts, weight of the target-rate loss
 TASKS = {
     **{("step", *arguments): (step, *arguments) for arguments in STEPS},
     **{("evaluation", mode): (evaluation, mode) for mode in ("argmax", "sample")},
+    "parts": (step, 13, 2, 2),
     "settled": (settled,),
+    "half precision": (half_precision,),
 }
 
 
@@ -145,6 +157,34 @@ def test_processes_take_the_step_of_one(done, count, accumulate, lossfact):
             torch.testing.assert_close(other_sums[name], value, rtol=1e-9, atol=1e-9)
         for name, gradient in gradients.items():
             torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+def test_parts_in_processes_hold_the_rates_of_all_their_images(done):
+    """13 images in two parts: a part consists of a part of every process's share."""
+    model = network().train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+    images, labels = next(Doubles(digits(), 13, ([0.5] * 3, [0.5] * 3)).batches())
+    torch.manual_seed(5)
+    noise = draw_noise(3, 13, images)
+    shares = [torch.arange(13)[processes.World(rank, len(done)).share(13)] for rank in range(len(done))]
+    for chosen in (torch.cat(part) for part in zip(*(share.tensor_split(2) for share in shares), strict=True)):
+        logits, gates = model(images[chosen], noise=noise[:, chosen])
+        rates = torch.stack(gates, 1).mean(0)
+        loss_target = 2 * engine.target_rate_loss(rates, torch.tensor(RATES))
+        ((nn.functional.cross_entropy(logits, labels[chosen]) + loss_target) * len(chosen) / 13).backward()
+    for _, gradients in (results["parts"] for results in done):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_leaves_all_processes_with_the_same_weights(done):
+    before = dict(network().float().named_parameters())
+    first = done[0]["half precision"]
+    assert any(not torch.equal(value, before[name]) for name, value in first.items())
+    for results in done[1:]:
+        assert all(torch.equal(value, first[name]) for name, value in results["half precision"].items())
 
 
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
@@ -266,6 +306,16 @@ def test_an_error_in_one_process_ends_the_job_with_its_one_line(photos, tmp_path
     assert "exitcode  : 2" in err
     assert "engine.py" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_is_reported_once_with_the_last_checkpoint(run, tmp_path):
+    first = [*DIGITS, "--epochs", 2, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
+    assert run(train.main, *first)[0] == 0
+    checkpoint = tmp_path / "run" / utils.CHECKPOINT
+    status, _, err = finish(torchrun(2, "train.py", "--resume", checkpoint, "--device", "cpu", "--lr", 1e30))
+    assert status == 1
+    (line,) = re.findall("^train.py: .*not finite.*$", err, re.M)
+    assert line.endswith(f"the last good checkpoint, after epoch 1, is {checkpoint}")
 
 
 def test_bad_arguments_are_reported_once():

@@ -161,12 +161,12 @@ def test_a_clock_that_runs_backwards_changes_nothing(run, begun, tmp_path, monke
 
 def test_a_second_process_on_the_same_folder_is_refused(run, begun, contents, monkeypatch):
     monkeypatch.setattr(utils, "PATIENCE", 0.3)
-    before = contents(begun)
     hold = "import sys, utils\nwith utils.locked(utils.Path(sys.argv[1])): print('locked', flush=True); input()"
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(begun)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT
     )
     assert holder.stdout.readline() == b"locked\n"
+    before = contents(begun)
     status, _, err = resume(run, begun)
     assert (status, err.count("\n"), "another process is training in" in err) == (2, 1, True)
     status, _, err = run(train.main, *DIGITS, "--overwrite", "--save", begun.parent, "--expname", begun.name)
@@ -230,8 +230,28 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(run, begun):
     assert (status, err.count("\n")) == (1, 1)
     assert "not finite since epoch 2, step" in err
     assert f"the last good checkpoint, after epoch 1, is {begun / utils.CHECKPOINT}" in err
+    records = (begun / utils.METRICS).read_bytes()
+    status, _, err = resume(run, begun, "--start-epoch", 1, "--lr", 1e30)
+    assert (status, f"after epoch 1, is {begun / utils.CHECKPOINT}" in err) == (1, True)
+    assert (begun / utils.METRICS).read_bytes() == records  # nothing new, nothing lost
     status, _, err = run(train.main, *DIGITS, "--lr", 1e30, "--save", begun.parent, "--expname", "diverging")
     assert (status, "nothing was saved yet" in err) == (1, True)
+
+
+def test_resume_auto_starts_goes_on_and_ends(run, begun, tmp_path):
+    auto = [*DIGITS, "--epochs", 2, "--save", tmp_path, "--resume", "auto", "--expname"]
+    assert run(train.main, *auto, "new", "--stop-after", 1)[0] == 0
+    (tmp_path / "left").mkdir()
+    (tmp_path / "left" / utils.ARGS).write_text("{}")  # ended before its first checkpoint
+    for name in ("new", "begun", "left"):
+        assert run(train.main, *auto, name)[0] == 0
+        assert [record["epoch"] for record in utils.read_records(tmp_path / name)] == [1, 2]
+    status, out, _ = run(train.main, *auto, "new")
+    assert (status, "epoch 2 is done already" in out) == (0, True)
+    test = ["--test", "--device", "cpu", "--save", tmp_path, "--resume", "auto"]
+    assert run(train.main, *test, "--expname", "new")[0] == 0
+    status, _, err = run(train.main, *test)
+    assert (status, err.count("\n"), "--test needs the checkpoint" in err) == (2, 1, True)
 
 
 def test_gates_that_all_decide_the_same_are_named():

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import cli
 import engine
 import processes
 import train
 import utils
-from convnet_aig import BasicBlock, GatedBlock, ResNet_cifar
+from convnet_aig import BasicBlock, GatedBlock, ResNet_cifar, ScaledBranch
 from data import SmallImageLoader, SmallImages
 from engine import Recipe, Trainer
 from utils import TrainingError
@@ -115,20 +114,44 @@ def test_a_gradient_that_is_not_finite_ends_training_though_the_loss_is():
 
 
 def test_the_training_loop_reads_nothing_from_the_device(monkeypatch):
-    read = []
+    reads = []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._local_scalar_dense.default:
-                read.append(progress.step)
-            return function(*args, **(kwargs or {}))
+        def reading(self, *args, name=name, original=original, **kwargs):
+            reads.append((name, progress.step))
+            return original(self, *args, **kwargs)
 
+        monkeypatch.setattr(torch.Tensor, name, reading)
     for amp in (None, torch.bfloat16):
         trainer, progress = trainer_of(network(), amp=amp), engine.Progress()
-        with Watch():
-            engine.train_epoch(trainer, small_loader(), 1, progress)
-        assert set(read) == {3}  # when the epoch is through
-        read.clear()
+        engine.train_epoch(trainer, small_loader(), 1, progress)
+        assert {step for _, step in reads} == {3}  # when the epoch is through
+        reads.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_a_gate_is_summed_up_in_float32(dtype):
+    torch.manual_seed(0)
+    residual, gradient = torch.randn(2, 3, 64, 64, 64).relu().to(dtype).unbind()
+    z = torch.tensor([1.0, 0, 1], requires_grad=True)
+    residual.requires_grad_()
+    ScaledBranch.apply(residual, z).backward(gradient)
+    expected = (residual.detach() * gradient).double().sum((1, 2, 3))
+    torch.testing.assert_close(z.grad.double(), expected, rtol=1e-5, atol=0)
+    assert z.grad.min() > 65504 * (dtype == torch.float16) * 0.5  # about where float16 ends
+    assert torch.equal(residual.grad, gradient * z.detach().to(dtype).view(-1, 1, 1, 1))
+    double, ones = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True), torch.rand(2).double()
+    assert torch.autograd.gradcheck(ScaledBranch.apply, (double, ones.requires_grad_()))
+
+
+def test_float16_that_never_fits_is_an_error(monkeypatch):
+    model = network()
+    model.conv1.weight.register_hook(lambda g: g * torch.nan)
+    trainer = trainer_of(model, amp=torch.float16)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=4 * engine.LEAST_SCALE)
+    with pytest.raises(TrainingError, match="no float16 gradient of epoch 1 is finite"):
+        engine.train_epoch(trainer, small_loader(), 1, engine.Progress())
 
 
 needs_compiler = pytest.mark.skipif(
