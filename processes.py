@@ -54,7 +54,7 @@ class World:
         """The highest of each number over the processes. It waits for them, but not for a GPU's pending work."""
         if self.size == 1:
             return list(numbers)
-        highest = torch.tensor(numbers)
+        highest = torch.tensor(numbers, dtype=torch.long)
         dist.all_reduce(highest, dist.ReduceOp.MAX)
         return highest.tolist()
 
@@ -70,10 +70,10 @@ class World:
     def leader_first(self) -> Iterator[None]:
         """Lets the leading process through the block before the others."""
         if not self.leads:
-            dist.barrier()
+            self.agree()
         yield
-        if self.leads and self.size > 1:
-            dist.barrier()
+        if self.leads:
+            self.agree()
 
 
 ALONE = World()
