@@ -197,7 +197,7 @@ def test_large_batches_go_through_in_chunks_and_photographs_one_by_one(monkeypat
 
 def executed_convolutions(network, x):
     """How often a convolution kernel was called, seen by the profiler."""
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         network(x)
     calls = Counter({event.key: event.count for event in profile.key_averages()})
     return calls["aten::convolution"] + calls[f"mkldnn::{PLAIN}"] + calls[f"mkldnn::{ADDED}"]
