@@ -568,6 +568,7 @@ def momentum_only(saved: dict, optimizer: torch.optim.SGD) -> dict[str, Any]:
 
 def try_compiler(device: torch.device) -> None:
     """Raises InputError if torch.compile does not work on this machine."""
+    print("compiling: the first step can take minutes", flush=True)
     try:
         torch.compile(torch.neg)(torch.zeros(1, device=device))
     except Exception as error:  # it can fail in many ways, which have no common class

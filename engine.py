@@ -126,6 +126,7 @@ class Trainer:
         network: the model, in DistributedDataParallel where there are several processes.
         compiled: the same, compiled if it shall be.
         scaler: of the loss, to keep float16 gradients from vanishing; does nothing with other types.
+        compile_seconds: what the first compiled step took.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class Trainer:
                 )
         # one graph for one shape: the smaller batch at the end of an epoch is not worth another
         self.compiled = torch.compile(self.network, dynamic=False) if compile else self.network
+        self.compile_seconds: float | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=device)
@@ -290,8 +292,12 @@ def train_epoch(
             if recipe.warmup:
                 set_lr(trainer.optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
             torch.manual_seed(derive_seed(recipe.seed, "noise", epoch, step))
-            count = batch_count(loader, step)
-            stepped = trainer.step(images, labels, count, full=count == loader.batch_size)
+            count, start = batch_count(loader, step), time.perf_counter()
+            full = count == loader.batch_size
+            stepped = trainer.step(images, labels, count, full)
+            if full and trainer.compiled is not trainer.network and trainer.compile_seconds is None:
+                trainer.compile_seconds = time.perf_counter() - start
+                print(f"compiled: the first step took {trainer.compile_seconds:.0f} s", flush=True)
             broken = stepped.pop("broken") > 0
             add(progress.sums, **stepped)
             progress.step, progress.seen = step, progress.seen + count

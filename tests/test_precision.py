@@ -178,6 +178,15 @@ def test_a_compiled_network_takes_the_same_steps():
     torch.testing.assert_close(compiled_state, state, rtol=1e-8, atol=1e-8)
 
 
+def test_a_training_says_how_long_compiling_took(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda *args, **more: network(*args, **more))
+    trainer = trainer_of(network(), compile=True)
+    for epoch in (1, 2):
+        engine.train_epoch(trainer, small_loader(40), epoch, engine.Progress())
+    assert capsys.readouterr().out.count("compiled: the first step took") == 1
+    assert 0 < trainer.compile_seconds < 60
+
+
 def test_compile_without_a_compiler_is_an_input_error(tmp_path):
     command = [sys.executable, ROOT / "train.py", *DIGITS, "--compile", "--save", tmp_path, "--expname", "no"]
     environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
