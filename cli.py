@@ -184,12 +184,15 @@ def parse(
 def find_resumable(args: argparse.Namespace, explicit: dict[str, Any]) -> None:
     """Makes of `--resume auto` the checkpoint of the run folder, or a start where there is none yet."""
     folder = run_folder(args, None)
-    there = (folder / utils.CHECKPOINT).exists()
+    try:
+        there, *others = ((folder / name).exists() for name in (utils.CHECKPOINT, utils.BEST, utils.TEST))
+    except OSError as error:
+        raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
     args.resume = explicit["resume"] = str(folder / utils.CHECKPOINT) if there else ""
     if there:
         explicit.pop("pretrained", None)
-    elif not (folder / utils.BEST).exists():
-        args.overwrite = True  # what a run left that ended before its first checkpoint
+    elif not any(others) and len(utils.read_records(folder)) <= 1:
+        args.overwrite = True  # what a run has left that ended before its first checkpoint
 
 
 def inherit(
@@ -358,6 +361,8 @@ def run_training(
     trainer = make_trainer(args, model, recipe, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
     records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
+    if [first, progress.step] != [-number for number in world.agree(-first, -progress.step)]:
+        raise InputError(f"not all processes see the same checkpoint in {folder}: put it where all can read it")
     last = min(recipe.epochs, first + args.stop_after - 1) if args.stop_after else recipe.epochs
     kept, begun = describe_run(args, data, model, recipe), bool(own)
     commands = [*earlier_commands(folder), command()] if own else [command()]
@@ -366,9 +371,7 @@ def run_training(
         """Makes way in the run folder, once there is something to put there."""
         nonlocal begun
         begun = True
-        if own:
-            utils.write_records(folder, records)
-        else:
+        if not own:
             utils.clear_run_folder(folder)
         utils.write_json(folder / utils.ARGS, {**kept, "commands": commands, **environment(model)})
 
@@ -425,10 +428,11 @@ def occupied(
                 now = utils.load_checkpoint(args.resume)
                 if any(now.get(key) != checkpoint.get(key) for key in ("epoch", "seen")):
                     raise InputError(f"another process has just gone on from {args.resume}: start again")
-                if Path(args.resume).name == utils.CHECKPOINT and args.start_epoch == now["epoch"]:
-                    utils.write_records(folder, records)  # else the records of later epochs stay until there are others
+                if Path(args.resume).name == utils.CHECKPOINT:
                     if now.get("is_best"):
                         utils.mend_best(folder)
+                    if args.start_epoch == now["epoch"]:  # else the records of later epochs stay until there are others
+                        utils.write_records(folder, records)
             yield
 
 
@@ -488,7 +492,8 @@ def progress_in(
         fit = fit and {name: tuple(values.shape) for name, values in progress.sums.items()} == shapes
         fit = fit and all(utils.is_ordinary(values) and values.is_floating_point() for values in progress.sums.values())
         fit = fit and all(values.isfinite().all() for values in progress.sums.values())
-    except (KeyError, TypeError, AttributeError) as error:
+        progress.sums = {name: values.detach().clone() for name, values in progress.sums.items()}
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{args.resume}: what it records of its unfinished epoch is damaged ({error})") from error
     if not fit:
         raise InputError(
@@ -532,6 +537,7 @@ def make_trainer(
         weight_decay=args.weight_decay,
         fused=device.type == "cuda" if args.fused is None else args.fused,  # else the fp16 scaler waits for the GPU
     )
+    fill_momentum(optimizer)
     return engine.Trainer(
         model,
         optimizer,
@@ -562,8 +568,19 @@ def momentum_only(saved: dict, optimizer: torch.optim.SGD) -> dict[str, Any]:
             continue
         if not utils.is_ordinary(buffer) or buffer.shape != parameter.shape or not buffer.is_floating_point():
             raise ValueError(f"momentum {index} of another shape or type")
-        own["state"][index] = {"momentum_buffer": buffer}
+        own["state"][index] = {"momentum_buffer": buffer.clone()}  # its memory may be shared with others
     return own
+
+
+def fill_momentum(optimizer: torch.optim.SGD) -> None:
+    """Sets momentum that is not there yet to zero, which changes nothing, and which fused SGD needs.
+
+    It would allocate it without values at its first step, and leave it so if the fp16 scaler leaves out that step.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["fused"] and group["momentum"] else ():
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def try_compiler(device: torch.device) -> None:
@@ -581,8 +598,8 @@ def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
     optimizer = trainer.optimizer
     best = checkpoint.get("best_prec1", -1)
     best = best.item() if isinstance(best, torch.Tensor) and best.numel() == 1 else best  # as some old files have it
-    if not isinstance(best, (int, float)) or not math.isfinite(best):
-        raise InputError(f"{source}: its best_prec1 is not a finite number")
+    if not isinstance(best, (int, float)) or not -1 <= best <= 100:
+        raise InputError(f"{source}: its best_prec1 is not a number of percent")
     if "optimizer" not in checkpoint:  # as in the original's files
         print(f"{source} holds no optimizer state: the momentum starts at zero")
         return best
@@ -590,15 +607,16 @@ def restore(checkpoint: dict, trainer: engine.Trainer, source: str) -> float:
     try:
         optimizer.load_state_dict(momentum_only(checkpoint["optimizer"], optimizer))
         if trainer.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
-            if not all(type(value) in (int, float) and math.isfinite(value) for value in scaler.values()):
+            counts = [scaler["growth_interval"], scaler["_growth_tracker"]]
+            factors = [scaler["scale"], scaler["growth_factor"], scaler["backoff_factor"]]
+            if not all(type(count) is int for count in counts) or not all(0 < factor < math.inf for factor in factors):
                 raise ValueError("its scaler is malformed")
-            if scaler["scale"] <= 0:
-                raise ValueError("its scaler's scale is not above 0")
             trainer.scaler.load_state_dict(scaler)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
     for group, values in zip(optimizer.param_groups, wanted, strict=True):
         group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
+    fill_momentum(optimizer)
     return best
 
 

@@ -7,6 +7,7 @@ distribution of torchvision's transforms. Everything random is a function of (se
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -328,6 +329,13 @@ def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tenso
     return torch.stack(images), torch.tensor(labels)
 
 
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Lets a worker live on when its whole process group or job is told to stop, for training to save its step."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class PhotoLoader:
     """Batches of normalised photographs from a folder with one folder per class, decoded by worker processes.
 
@@ -366,6 +374,7 @@ class PhotoLoader:
             batch_sampler=self.sampler,
             num_workers=workers,
             collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_trainer,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # else starting an epoch would draw from the generator of the gates' noise
             **options,

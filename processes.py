@@ -70,10 +70,10 @@ class World:
     def leader_first(self) -> Iterator[None]:
         """Lets the leading process through the block before the others."""
         if not self.leads:
-            self.agree()
+            self.agree(0)
         yield
         if self.leads:
-            self.agree()
+            self.agree(0)
 
 
 ALONE = World()

@@ -52,7 +52,8 @@ def make_parser() -> cli.Parser:
 
 def default_workers() -> int:
     """Four, or this process's share of the cores if that is less; torch's threads would tell nothing under torchrun."""
-    return max(1, min(4, (os.cpu_count() or 1) // processes.local_size()))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // processes.local_size()))
 
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:

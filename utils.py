@@ -90,7 +90,7 @@ class Signals:
 def keep_memory() -> bool:
     """Has glibc keep freed memory for the next tensors, instead of returning it to the system with every training step.
 
-    Returned pages come back one page fault at a time, which can take half the time of a step on a CPU
+    Returned pages come back one page fault at a time, which can take a third of the time of a step on a CPU
     (results/memory.log). Returns whether this C library has the setting.
     """
     try:
@@ -197,14 +197,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise TrainingError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not do it
             raise TrainingError(f"cannot be sure that {path} is on the disk ({error.strerror})") from error
-    finally:
-        os.close(folder)
 
 
 def clear_temporaries(folder: Path) -> None:
@@ -222,26 +223,39 @@ def locked(folder: Path) -> Iterator[None]:
         InputError: if another process keeps it locked.
     """
     path, deadline = folder / LOCK, time.monotonic() + PATIENCE
-    while True:
-        with path.open("w") as file:  # network file systems pass on locks of files, not of folders
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if time.monotonic() > deadline:
-                    raise InputError(f"another process is training in {folder}: wait for it, or stop it") from error
-                time.sleep(0.1)
-                continue
-            except OSError as error:
-                print(f"{folder} cannot be locked ({error.strerror}): never train in it twice at a time")
-            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
-                continue  # who had it has just removed it
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-                with suppress(OSError):  # closing would not do it: DataLoader workers share the descriptor
-                    fcntl.flock(file, fcntl.LOCK_UN)
-            return
+    while (descriptor := take_lock(path)) is None:
+        if time.monotonic() > deadline:
+            raise InputError(f"another process is training in {folder}: wait for it, or stop it")
+        time.sleep(0.1)
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # of a folder that is gone, or a file system without locks
+            path.unlink()
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it: DataLoader workers share the descriptor
+        os.close(descriptor)
+
+
+def take_lock(path: Path) -> int | None:
+    """A descriptor of the file, locked; None if another process has it. Raises InputError if it cannot be opened.
+
+    A file, because network file systems pass on locks of files, and not of folders.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise InputError(f"cannot lock the run folder with {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), path.stat()):  # else the one who had it has just removed it
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError as error:
+        print(f"{path.parent} cannot be locked ({error.strerror}): never train in it twice at a time")
+        return descriptor
+    os.close(descriptor)
+    return None
 
 
 def strict(value: Any) -> Any:
@@ -406,7 +420,7 @@ def check_args(args: Any, path: str | Path) -> None:
             fit = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
             fit = fit and min(args["std"]) > 0
         fit = fit and numbers("block_rates") if "block_rates" in args else fit
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, OverflowError):
         fit = False
     if not fit:
         raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")

@@ -145,12 +145,14 @@ ARGUMENTS = """
     --test --visdom --resume run/model_best.pth.tar | --resume run/checkpoint.pth.tar --expname other
     --test --dataset folder --data photos --resume run/model_best.pth.tar
     --resume run/checkpoint.pth.tar --epochs 2 --target 1 | --epochs=-- | --expname=--
+    --test --resume auto | --resume auto --save LONG
 """
 
 
 @pytest.mark.parametrize("arguments", cases(ARGUMENTS))
 def test_arguments_of_train(refused, arguments):
-    refused(train.main, *([] if "--resume" in arguments else DIGITS), *arguments.split())
+    base = [] if "--resume" in arguments else DIGITS
+    refused(train.main, *base, *arguments.replace("LONG", "x" * 300).split())
 
 
 PHOTO_ARGUMENTS = """
@@ -299,6 +301,8 @@ CHECKPOINTS = {
     "no depth": lambda p: p.changed(args={"classes": list("0123456789")}),
     "an impossible target": lambda p: p.args(target=3.0),
     "a target that is a list": lambda p: p.args(target=[0.5]),
+    "a rate beyond all floats": lambda p: p.args(block_rates=[10**400, 0.7, 0.7]),
+    "a mean beyond all floats": lambda p: p.args(mean=[10**400, 0.5, 0.5]),
     "other gates": lambda p: p.args(block_rates=[1.0, 0.7, 0.7]),
     "rates that are words": lambda p: p.args(block_rates=["a"]),
     "classes that are numbers": lambda p: p.args(classes=[1, 2]),
@@ -313,6 +317,7 @@ RESUMING = {
     "a negative epoch": lambda p: p.changed(epoch=-1),
     "a best accuracy that is not finite": lambda p: p.changed(best_prec1=float("nan")),
     "a best accuracy that is a list": lambda p: p.changed(best_prec1=[1]),
+    "a best accuracy beyond all floats": lambda p: p.changed(best_prec1=10**400),
     "an optimizer that is a word": lambda p: p.changed(optimizer="sgd"),
     "an optimizer without groups": lambda p: p.changed(optimizer={"state": {}, "param_groups": []}),
     "immense momentum": lambda p: p.momentum(lambda buffer: IMMENSE),

@@ -102,6 +102,17 @@ def half_precision():
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def order():
+    """When the leader left the block that is its own first, and when this process entered it."""
+    world = processes.world()
+    with world.leader_first():
+        entered = time.time()
+        if world.leads:
+            time.sleep(1)
+    (left,) = world.agree(int(1000 * time.time()) if world.leads else 0)
+    return world.leads, left / 1000 - entered
+
+
 STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0)]  # images, parts, weight of the target-rate loss
 TASKS = {
     **{("step", *arguments): (step, *arguments) for arguments in STEPS},
@@ -109,6 +120,7 @@ TASKS = {
     "parts": (step, 13, 2, 2),
     "settled": (settled,),
     "half precision": (half_precision,),
+    "order": (order,),
 }
 
 
@@ -205,6 +217,11 @@ def test_batch_norm_statistics_become_those_of_all_processes(done):
     assert [results["settled"] for results in done] == [[(len(done) - 1) / 2] * 16] * len(done)
 
 
+def test_the_leader_goes_first_and_the_others_wait(done):
+    for leads, waited in (results["order"] for results in done):
+        assert waited > 0.9 if leads else waited < 0.5
+
+
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 256])
 def test_shares_are_those_of_tensor_split(count):
     items = torch.arange(count)
@@ -292,6 +309,19 @@ def photos(tmp_path):
             for i in range(count):
                 Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     return tmp_path / "photos"
+
+
+def test_a_signal_to_processes_with_workers_saves_too(photos, tmp_path):
+    command = [photos, "--image-size", 32, "--batch-size", 8, "--workers", 1, "--device", "cpu", "--epochs", 500]
+    command += ["--lr", 1e-3, "--print-freq", 1, "--save", tmp_path, "--expname", "run"]
+    process = torchrun(2, "train_img.py", *command)
+    while "step 1/" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)  # which torchrun passes on to whole process groups
+    _, _, err = finish(process)
+    assert len(re.findall("^train_img.py: SIGTERM: stopped in epoch", err, re.M)) == 1
+    assert "DataLoader worker" not in err
+    assert utils.load_checkpoint(tmp_path / "run" / utils.CHECKPOINT)["seen"] >= 0
 
 
 def test_an_error_in_one_process_ends_the_job_with_its_one_line(photos, tmp_path):

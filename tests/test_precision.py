@@ -100,6 +100,19 @@ def test_a_float16_gradient_that_overflows_is_left_out_and_no_error():
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_fused_sgd_has_momentum_before_a_first_step_that_is_left_out():
+    model = network()
+    trainer = trainer_of(model, amp=torch.float16)
+    optimizer = trainer.optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    cli.fill_momentum(optimizer)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    trainer.step(*batch(), 16)
+    assert all((optimizer.state[p]["momentum_buffer"] == 0).all() for p in model.parameters())
+    plain = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    cli.fill_momentum(plain)
+    assert not plain.state
+
+
 def small_loader(count=48):
     images = torch.randint(256, (count, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     source = SmallImages(images, torch.arange(count) % 10, list("0123456789"))
