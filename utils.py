@@ -35,6 +35,7 @@ KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 LOCK = ".lock"
+MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would read nothing
 PATIENCE = 10  # seconds to wait for a run folder; the workers of a killed process keep it for 5
 
 
@@ -446,8 +447,9 @@ def load_safely(path: str | Path) -> Any:
 def check_archive(path: str | Path) -> None:
     """Raises ValueError unless every byte in a zip file is the one written: torch.load does not check."""
     with zipfile.ZipFile(path) as archive:
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise ValueError("it is compressed, as torch.save never does")
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & MSDOS_FOLDER:
+                raise ValueError(f"{entry.filename} is compressed or called a folder, as torch.save never does")
         if damaged := archive.testzip():
             raise ValueError(f"the checksum of {damaged} is wrong, or it was saved without checksums")
 

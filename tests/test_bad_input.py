@@ -78,6 +78,14 @@ class Place:
         return self.file(bytes(damaged))
 
 
+    def called_a_folder(self):
+        """The checkpoint with its first record called a folder in the directory at the end."""
+        content = bytearray(self.checkpoint)
+        with zipfile.ZipFile(io.BytesIO(self.checkpoint)) as archive:
+            content[archive.start_dir + 38] |= utils.MSDOS_FOLDER
+        return self.file(bytes(content))
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path
@@ -261,6 +269,7 @@ CHECKPOINTS = {
     "json": lambda p: p.file(json.dumps({"state_dict": {}}).encode()),
     "a NumPy archive": lambda p: p.file(numpy_archive()),
     "a folder": lambda p: p.root / "photos",
+    "a record called a folder": Place.called_a_folder,
     "compressed": lambda p: p.archive(zipfile.ZIP_DEFLATED),
     "a pickle that executes code": lambda p: p.file(pickle.dumps(p.bomb())),
     "a checkpoint with a pickle that executes code": lambda p: p.archive(data_pkl=pickle.dumps(p.bomb())),

@@ -251,10 +251,6 @@ def test_augmentation_does_not_depend_on_the_number_of_processes():
         assert torch.equal(single, torch.cat(shares))
 
 
-def records(folder):
-    return [json.loads(line) for line in (folder / utils.METRICS).read_text().splitlines()]
-
-
 def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     first = ["--epochs", 3, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
     status, out, err = finish(torchrun(2, "train.py", *DIGITS, *first))
@@ -267,8 +263,8 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     assert (status, err) == (0, "")
     status, out, err = finish(torchrun(3, "train.py", *resume))
     assert (status, err) == (0, "")
-    assert [record["epoch"] for record in records(folder)] == [1, 2, 3]
-    assert records(folder)[2]["train"]["loss"] < records(folder)[0]["train"]["loss"]
+    assert [record["epoch"] for record in utils.read_records(folder)] == [1, 2, 3]
+    assert utils.read_records(folder)[2]["train"]["loss"] < utils.read_records(folder)[0]["train"]["loss"]
     test = ["--test", "--resume", folder / utils.BEST, "--device", "cpu"]
     results = []
     for start in (lambda: run(train.main, *test), lambda: finish(torchrun(2, "train.py", *test))):

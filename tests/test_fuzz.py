@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from faults import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -84,14 +85,6 @@ def loaded(path):
         return utils.load_checkpoint(path)
     except InputError:
         return None
-
-
-def same(first, second):
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(value, second[key]) for key, value in first.items())
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same, first, second))
-    return torch.equal(first, second) if isinstance(first, torch.Tensor) else first == second
 
 
 @fuzzed(per_second=200)

@@ -1,6 +1,5 @@
 """A signal saves the very step, and the resumed run ends bit for bit where the uninterrupted one does."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from faults import records
 from PIL import Image
 
 import engine
@@ -28,11 +28,6 @@ def straight(tmp_path_factory):
     save = tmp_path_factory.mktemp("runs")
     train.main([str(value) for value in [*DIGITS, "--save", save, "--expname", "straight"]])
     return save / "straight"
-
-
-def records(folder):
-    lines = (folder / utils.METRICS).read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def assert_same_run(folder, other):
