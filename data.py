@@ -329,6 +329,12 @@ def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tenso
     return torch.stack(images), torch.tensor(labels)
 
 
+def default_workers() -> int:
+    """Four, or this process's share of the cores if that is less; torch's threads would tell nothing under torchrun."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(4, cores // processes.local_size()))
+
+
 def leave_signals_to_the_trainer(worker: int) -> None:
     """Lets a worker live on when its whole process group or job is told to stop, for training to save its step."""
     os.setpgid(0, 0)

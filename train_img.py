@@ -9,7 +9,6 @@ This script holds values only; the loops are in `engine`, the shared command lin
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,19 +40,13 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--pretrained", default="", metavar="FILE",
                         help="start from a plain ResNet as torchvision saves it, or from its own weights: torchvision")
     parser.add_argument("--image-size", type=cli.number(int, 32, 4096), default=224, metavar="PIXELS")
-    parser.add_argument("--workers", type=cli.number(int, 0, 1024), default=default_workers(),
+    parser.add_argument("--workers", type=cli.number(int, 0, 1024), default=data.default_workers(),
                         help="processes that decode images")
     parser.add_argument("--lrdecay", type=cli.number(int, 1), default=30, help="epochs between tenfold drops of lr")
     parser.add_argument("--warmup", type=natural, default=0, help="epochs of linear rise to lr")
     parser.add_argument("--accumulate", type=cli.number(int, 1), default=1, metavar="PARTS",
                         help="compute a batch in parts, to save memory; target rates and BatchNorm then see parts")
     return parser
-
-
-def default_workers() -> int:
-    """Four, or this process's share of the cores if that is less; torch's threads would tell nothing under torchrun."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(4, cores // processes.local_size()))
 
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:

@@ -231,8 +231,9 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(OSError):  # of a folder that is gone, or a file system without locks
+        with suppress(OSError):  # a folder that is gone
             path.unlink()
+        with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it: DataLoader workers share the descriptor
         os.close(descriptor)
 
