@@ -113,6 +113,13 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     training.add_argument("--weight-decay", "--wd", type=number(float, 0))
     training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
+    training.add_argument("--target-warmup", type=number(int, 0), default=0, metavar="EPOCHS",
+                          help="epochs in which the target rates fall from 1 to their values")
+    training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
+    training.add_argument("--temperature-end", type=above0, metavar="T",
+                          help="change the temperature geometrically to this one in the last epoch")
+    training.add_argument("--stochastic-depth", type=number(float, 0, below=1), default=0, metavar="P",
+                          help="drop branches with probability P, in nets without gates (--target 1)")
     speed = parser.add_argument_group("speed of training")
     speed.add_argument("--amp", default="off", choices=AMP, help="mixed precision; gates and losses stay in float32")
     speed.add_argument("--compile", action=switch, default=False, help="torch.compile: slow to start, then faster")
@@ -305,6 +312,15 @@ def run(
         run_training(args, checkpoint, data, model, recipe, gate_layers)
 
 
+def make_recipe(
+    args: argparse.Namespace, target_rates: Sequence[float], milestones: Sequence[int], topk: Sequence[int]
+) -> engine.Recipe:
+    """The recipe of the flags: those that are called as its attributes, and what the script derives from others."""
+    names = {field.name for field in dataclasses.fields(engine.Recipe)}
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    return engine.Recipe(**flags | {"target_rates": target_rates, "milestones": milestones, "topk": topk})
+
+
 def make_deterministic() -> None:
     """Has torch raise an error where it knows only algorithms that differ from run to run, as some do on GPUs."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
@@ -358,6 +374,8 @@ def run_training(
         )
     if next(model.parameters()).device.type == "cpu":
         utils.keep_memory()
+    check_schedules(args, model)
+    model.set_drop_rate(args.stochastic_depth)
     trainer = make_trainer(args, model, recipe, gate_layers)
     own, folder, first = recorded(checkpoint), run_folder(args, checkpoint), args.start_epoch
     records, best, progress = starting_point(args, checkpoint, trainer, data.train, folder)
@@ -404,6 +422,16 @@ def run_training(
     print(f"best top-1 {best:.2f} %: {folder / utils.BEST}")
     if last < recipe.epochs:
         print(f"stopped after epoch {last} of {recipe.epochs}; continue with --resume {folder / utils.CHECKPOINT}")
+
+
+def check_schedules(args: argparse.Namespace, model: AdaptiveResNet) -> None:
+    """Raises InputError for flags of training that do not go together."""
+    if args.stochastic_depth and model.num_gates:
+        raise InputError("--stochastic-depth is for nets without gates: add --target 1")
+    if args.stochastic_depth and processes.world().size > 1:
+        raise InputError("--stochastic-depth would drop the same branches in every process: use one process")
+    if args.compile and args.temperature_end not in (None, args.temperature):
+        raise InputError("--temperature-end changes the network every epoch; --compile would begin anew: choose one")
 
 
 @contextlib.contextmanager

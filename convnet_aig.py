@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import stochastic_depth
 
 from gumbelmodule import gumbel_noise, gumbel_softmax
 
@@ -71,6 +72,11 @@ class GatedBlock(nn.Module):
     The gate is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
     index 1 means "execute". Its layers are attributes of the block itself because the public parameter
     keys are `fc1`, `fc1bn`, `fc2`; `fc1` and `fc2` are 1x1 convolutions there, hence their 4-D weights.
+
+    Attributes:
+        gated: whether there is a gate.
+        drop_rate: without one, the probability that the branch is dropped for an image in training, the kept ones
+            being scaled up: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity.
     """
 
     expansion: int
@@ -83,6 +89,7 @@ class GatedBlock(nn.Module):
         if stride != 1 or in_planes != out_planes:
             self.shortcut = nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
         self.gated = gated
+        self.drop_rate = 0.0
         if gated:
             self.fc1 = nn.Conv2d(in_planes, GATE_WIDTH, 1)
             self.fc1bn = nn.BatchNorm1d(GATE_WIDTH)
@@ -144,6 +151,8 @@ class GatedBlock(nn.Module):
         """
         shortcut, residual = self.shortcut(x), self.residual(x)
         if not self.gated or mode == "all":
+            if self.drop_rate and self.training:
+                residual = stochastic_depth(residual, self.drop_rate, mode="row")
             return F.relu(residual.add_(shortcut), inplace=True), x.new_ones(len(x))
         z = self.gate(x, mode, threshold, temperature, noise)
         autocast = residual.dtype != z.dtype
@@ -242,6 +251,11 @@ class AdaptiveResNet(nn.Module):
     @property
     def num_gates(self) -> int:
         return sum(block.gated for block in self.blocks())
+
+    def set_drop_rate(self, rate: float) -> None:
+        """Trains the blocks that have no gate with stochastic depth, see `GatedBlock`."""
+        for block in self.blocks():
+            block.drop_rate = rate
 
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""

@@ -170,6 +170,14 @@ def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]
     return images.subset(order[count:]), images.subset(order[:count])
 
 
+def choose(images: SmallImages, count: int) -> SmallImages:
+    """`count` of the images, always the same ones whatever the seed of the run."""
+    if count > len(images):
+        raise InputError(f"--train-size {count}: there are only {len(images)} training images")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
+    return images.subset(order[:count])
+
+
 def odd_images(count: int, batch_size: int, world: World) -> int:
     """Images of the last training batch if they are too few: BatchNorm of a gate needs two in every process."""
     last = count % batch_size

@@ -62,6 +62,8 @@ class Recipe:
         lr: learning rate at the start; each parameter group multiplies it by its own "lr_factor".
         milestones: epochs from which on the learning rate is another 10 times smaller.
         warmup: epochs over which the learning rate rises linearly to lr.
+        target_warmup: epochs over which the target rates go linearly from 1 to t_l.
+        temperature, temperature_end: of the gates' Gumbel-softmax in the first and the last epoch, geometric between.
         accumulate: parts in which a batch is computed, to save memory.
         epochs: number of the last epoch, counted from 1.
         seed: of the gates' noise.
@@ -77,6 +79,9 @@ class Recipe:
     epochs: int
     seed: int
     warmup: int = 0
+    target_warmup: int = 0
+    temperature: float = 1
+    temperature_end: float | None = None
     accumulate: int = 1
     print_freq: int = 25
     log_interval: int = 20
@@ -99,6 +104,13 @@ def lr_factor(recipe: Recipe, epoch: int, progress: float = 0) -> float:
     """
     factor = 0.1 ** sum(milestone <= epoch for milestone in recipe.milestones)
     return factor * min(1, (epoch - 1 + progress) / recipe.warmup) if recipe.warmup else factor
+
+
+def temperature(recipe: Recipe, epoch: int) -> float:
+    """T (T' / T)^((epoch - 1) / (epochs - 1)) for T in the first and T' in the last epoch."""
+    first = recipe.temperature
+    last = first if recipe.temperature_end is None else recipe.temperature_end
+    return first * (last / first) ** ((epoch - 1) / max(1, recipe.epochs - 1))
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -127,6 +139,8 @@ class Trainer:
         compiled: the same, compiled if it shall be.
         scaler: of the loss, to keep float16 gradients from vanishing; does nothing with other types.
         compile_seconds: what the first compiled step took.
+        rates: the target rates of the steps to come, (L,).
+        temperature: of the Gumbel-softmax in the steps to come.
     """
 
     def __init__(
@@ -155,7 +169,18 @@ class Trainer:
         self.compile_seconds: float | None = None
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=device)
+        self.rates = self.final_rates = torch.tensor(recipe.target_rates, dtype=torch.float32, device=device)
+        self.temperature = recipe.temperature
+
+    def schedule(self, epoch: int, progress: float) -> None:
+        """Sets what changes from step to step, for one that ends when the part `progress` of an epoch is done."""
+        recipe = self.recipe
+        if recipe.warmup:
+            set_lr(self.optimizer, recipe.lr * lr_factor(recipe, epoch, progress))
+        if recipe.target_warmup:
+            part = min(1, (epoch - 1 + progress) / recipe.target_warmup)
+            self.rates = 1 - part * (1 - self.final_rates)
+        self.temperature = temperature(recipe, epoch)
 
     def step(self, images: Tensor, labels: Tensor, batch_size: int, full: bool = False) -> dict[str, Tensor]:
         """One update. The batch is computed in `recipe.accumulate` parts, each holding the rates on its own.
@@ -203,7 +228,7 @@ class Trainer:
         """
         size = self.world.size
         with torch.autocast(x.device.type, self.amp, enabled=self.amp is not None):
-            logits, gates = network(x, noise=noise)
+            logits, gates = network(x, temperature=self.temperature, noise=noise)
         logits, z = logits.to(x.dtype), torch.stack(gates, dim=1).to(x.dtype)  # (n, K), (n, L)
         opened = z.sum(0)
         loss_classify = F.cross_entropy(logits, y)
@@ -289,8 +314,7 @@ def train_epoch(
         interval = recipe.print_freq if bar.disable else recipe.log_interval
         (interval,) = trainer.world.agree(interval if trainer.world.leads else 0)  # only the first knows its terminal
         for step, (images, labels) in enumerate(loader.batches(epoch, progress.step), start=progress.step + 1):
-            if recipe.warmup:
-                set_lr(trainer.optimizer, recipe.lr * lr_factor(recipe, epoch, step / steps))
+            trainer.schedule(epoch, step / steps)
             torch.manual_seed(derive_seed(recipe.seed, "noise", epoch, step))
             count, start = batch_count(loader, step), time.perf_counter()
             full = count == loader.batch_size

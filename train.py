@@ -17,7 +17,6 @@ import cli
 import data
 import processes
 from convnet_aig import BasicBlock, ResNet_cifar
-from engine import Recipe
 from utils import derive_seed
 
 MILESTONES, EPOCHS = (150, 250), 350  # of the paper's schedule
@@ -38,6 +37,8 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--depth", type=depth, default=110, help="of the ResNet: 6 n + 2")
     parser.add_argument("--val-size", type=cli.number(int, 0), default=0, metavar="N",
                         help="choose the best model on N held-out training images; 0: on the test set, as the original")
+    parser.add_argument("--train-size", type=cli.number(int, 2), metavar="N",
+                        help="train on N of the training images, the same ones for every seed (default: all)")
     parser.add_argument("--milestones", type=cli.number(int, 1), nargs="*", metavar="EPOCH",
                         help="divide lr by 10 from these epochs on (default: 150 250, scaled with --epochs)")
     return parser
@@ -69,6 +70,8 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
         data.same_classes(train.classes, test.classes, "the test images")
         if args.val_size:
             train, held_out = data.hold_out(train, args.val_size)
+        if args.train_size:
+            train = data.choose(train, args.train_size)
         normalisation = normalisation or data.pixel_statistics(args.dataset, train)
     if args.test:
         return cli.Data(None, data.SmallImageLoader(test, args.batch_size, normalisation, **place), normalisation)
@@ -91,16 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = cli.parse(make_parser(), argv, architecture=("depth",))
     loaded = load_data(args, checkpoint)
     model = make_model(args, len(loaded.val.classes))
-    recipe = Recipe(
-        target_rates=model.target_rates,
-        lossfact=args.lossfact,
-        lr=args.lr,
-        milestones=scaled_milestones(args.epochs) if args.milestones is None else args.milestones,
-        epochs=args.epochs,
-        seed=args.seed,
-        print_freq=args.print_freq,
-        log_interval=args.log_interval,
-    )
+    milestones = scaled_milestones(args.epochs) if args.milestones is None else args.milestones
+    recipe = cli.make_recipe(args, model.target_rates, milestones, topk=(1,))
     cli.run(args, checkpoint, loaded, model, recipe, gate_layers=("fc2",))
 
 

@@ -18,7 +18,6 @@ import cli
 import data
 import processes
 from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
-from engine import Recipe
 from utils import InputError, derive_seed, load_pretrained
 
 
@@ -76,19 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = ResNet_ImageNet(Bottleneck, LAYERS[args.arch], len(loaded.val.classes), target_rates)
     if args.pretrained and not checkpoint:
         print(load_pretrained(model, args.pretrained, args.arch))
-    recipe = Recipe(
-        target_rates=target_rates,
-        lossfact=args.lossfact,
-        lr=args.lr,
-        milestones=range(args.lrdecay, args.epochs + 1, args.lrdecay),
-        epochs=args.epochs,
-        seed=args.seed,
-        warmup=args.warmup,
-        accumulate=args.accumulate,
-        print_freq=args.print_freq,
-        log_interval=args.log_interval,
-        topk=(1, 5),
-    )
+    milestones = range(args.lrdecay, args.epochs + 1, args.lrdecay)
+    recipe = cli.make_recipe(args, target_rates, milestones, topk=(1, 5))
     cli.run(args, checkpoint, loaded, model, recipe, gate_layers=("fc1", "fc1bn", "fc2"))
 
 
