@@ -7,7 +7,7 @@ BIN := .venv/bin
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=70.1,<81" wheel
-	$(BIN)/pip install --quiet --no-build-isolation -r requirements.txt pytest hypothesis ruff
+	$(BIN)/pip install --quiet --no-build-isolation -r requirements.txt pytest hypothesis ruff torchattacks
 	touch $@
 
 demo: .venv/installed

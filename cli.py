@@ -35,7 +35,7 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 AUTO = "auto"
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
-PER_CALL += ("visdom", "visdom_server", "visdom_port", "visdom_env")
+PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env")
 
 
 # ---------------------------------------------------------------------------------------------- flags
@@ -47,12 +47,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message} (see --help)")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         """As the original, but for `--flag=--`, of which that makes an empty list."""
         for text in sys.argv[1:] if args is None else args:
             if text.endswith("=--"):
                 self.error(f"argument {text.removesuffix('=--')}: invalid value: '--'")
-        return super().parse_args(args, namespace)
+        return super().parse_known_args(args, namespace)
 
 
 def number(
@@ -135,6 +137,10 @@ def make_parser(description: str, **defaults: Any) -> Parser:
                             help="gate mode argmax opens a gate where P(open) is above this")
     evaluation.add_argument("--dense", action="store_true",
                             help="--test: compute every branch and mask it, instead of running only the open ones")
+    evaluation.add_argument("--test-size", type=positive, metavar="N",
+                            help="--test: only N of the images, the same ones every time")
+    evaluation.add_argument("--reestimate-bn", action="store_true",
+                            help="--test: take BatchNorm's statistics anew from the training images, in this gate mode")
     evaluation.add_argument("--gate-samples", type=positive, default=5, help="seeds of --test --gate-mode sample")
     parser.set_defaults(**defaults)
     return parser
@@ -167,6 +173,8 @@ def parse(
         raise InputError("--test needs the checkpoint to evaluate: --resume runs/NAME/model_best.pth.tar")
     if args.dense and not args.test:
         raise InputError("--dense is for --test: training computes every branch anyway")
+    if (args.test_size or args.reestimate_bn) and not args.test:
+        raise InputError(f"{'--test-size' if args.test_size else '--reestimate-bn'} is for --test: add it")
     if args.test and args.visdom:
         raise InputError("--visdom shows a training: leave it out with --test")
     where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in explicit]
@@ -280,7 +288,7 @@ def check_gates(checkpoint: dict | None, target_rates: Sequence[float], source: 
 
 @dataclass
 class Data:
-    """What a script hands over: its loaders (`train` is None for --test) and how it normalised."""
+    """What a script hands over: its loaders (`train` is None where nothing needs it) and how it normalised."""
 
     train: engine.Loader | None
     val: engine.Loader
@@ -296,9 +304,18 @@ def run(
     gate_layers: Sequence[str],
 ) -> None:
     """Tests or trains `model` on `data`, as `args` say. `gate_layers` get the learning rate lr * lrfact."""
+    prepare(args, checkpoint, model)
+    if args.test:
+        run_test(args, checkpoint, data, model, recipe)
+    else:
+        run_training(args, checkpoint, data, model, recipe, gate_layers)
+
+
+def prepare(args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet) -> None:
+    """Gives the model the checkpoint's weights, its device and gate mode. Raises InputError if these do not fit."""
     device = select(args)
-    check_gates(checkpoint, recipe.target_rates, args.resume)
     if checkpoint:
+        check_gates(checkpoint, model.target_rates, args.resume)
         utils.load_weights(model, checkpoint["state_dict"], args.resume)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.deterministic:
@@ -306,10 +323,6 @@ def run(
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
     model.gate_mode, model.threshold = args.gate_mode, args.threshold
-    if args.test:
-        run_test(args, checkpoint, data, model, recipe)
-    else:
-        run_training(args, checkpoint, data, model, recipe, gate_layers)
 
 
 def make_recipe(
@@ -342,13 +355,19 @@ def run_test(
     path = Path(args.resume).parent / utils.TEST
     earlier = utils.read_json(path)
     settings = {"samples": args.gate_samples, "seed": args.seed, "dense": args.dense}
+    name = args.gate_mode
+    if args.reestimate_bn:
+        if processes.world().size > 1:
+            raise InputError("--reestimate-bn: use one process")
+        engine.reestimate_batchnorm(model, data.train, utils.derive_seed(args.seed, "BatchNorm"))
+        name += "+bn"
     result = engine.test(model, data.val, **settings, **recipe.evaluation())
     del result["gates_by_class"]
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     print(describe(result, args.gate_mode, recipe.target_rates))
     if processes.world().leads:
-        utils.write_json(path, {**earlier, args.gate_mode: result})
+        utils.write_json(path, {**earlier, name: result})
     print(f"written to {path}")
 
 

@@ -127,9 +127,13 @@ class GatedBlock(nn.Module):
         if mode == "sample":
             return gumbel_softmax(logits, temperature, hard=True, noise=noise)[:, 1]
         score = logits[:, 1] - logits[:, 0]
-        if mode == "argmax":  # P(open) > threshold
-            return (score > log_odds(threshold)).to(score.dtype)
-        return torch.sigmoid(score)  # "expected": P(open)
+        if mode == "expected":  # P(open)
+            return torch.sigmoid(score)
+        opened = (score > log_odds(threshold)).to(score.dtype)  # P(open) > threshold
+        if not score.requires_grad:
+            return opened
+        soft = torch.sigmoid(score / temperature)
+        return opened + (soft - soft.detach())  # the bracket is exactly 0
 
     def forward(
         self,
@@ -208,6 +212,8 @@ class AdaptiveResNet(nn.Module):
             "sample": a straight-through Gumbel-softmax sample, as in training and in the original's evaluation.
             "expected": run every branch and scale it by P(open), the starred row of the paper's table 1.
             "all": every gate open, the plain ResNet of the same weights.
+            Hard decisions have straight-through gradients in eval mode, too: z is differentiated as the soft
+            Gumbel-softmax sample in "sample", as P(open) = softmax(logits / temperature)[1] in "argmax".
         threshold: of P(open) in mode "argmax", strictly between 0 and 1.
         target_rates: one rate per block; a block at rate 1 has no gate and always runs.
         stages: the number of blocks in each.

@@ -30,13 +30,19 @@ from processes import World
 from utils import InputError, derive_seed, get_mean_and_std, progress_bar, without_empty_folders
 
 SMALL_DATASETS = ("cifar10", "cifar100", "folder", "digits")
-SMALL_SIZE = 32
+SMALL_SIZE, DIGITS_SIZE = 32, 8
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 CIFAR = {  # class, archive, normalisation
     # CIFAR-10: the original's constants; its std is the mean of the images' own stds, smaller than that of all pixels
     "cifar10": (datasets.CIFAR10, ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))),
     "cifar100": (datasets.CIFAR100, ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))),
 }
+
+
+def small_transform(dataset: str) -> Callable[[Image.Image], Tensor]:
+    """What brings an image of any size to that of a small data set, (3, H, W) uint8."""
+    size = DIGITS_SIZE if dataset == "digits" else SMALL_SIZE
+    return lambda image: TF.pil_to_tensor(shrink(image, size))
 
 
 @dataclass(frozen=True)
@@ -108,10 +114,12 @@ def _class_folder(root: Path, train: bool) -> SmallImages:
 
 
 def _read_small(path: str) -> np.ndarray:
-    image = read_image(path)
-    if image.size != (SMALL_SIZE, SMALL_SIZE):
-        image = TF.center_crop(TF.resize(image, SMALL_SIZE), SMALL_SIZE)
-    return np.asarray(image)
+    return np.asarray(shrink(read_image(path), SMALL_SIZE))
+
+
+def shrink(image: Image.Image, size: int) -> Image.Image:
+    """The image with its short side resized, and its centre cropped, to `size` pixels."""
+    return image if image.size == (size, size) else TF.center_crop(TF.resize(image, size), size)
 
 
 def find_split(root: Path, names: tuple[str, ...]) -> Path:
@@ -170,12 +178,16 @@ def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]
     return images.subset(order[count:]), images.subset(order[:count])
 
 
-def choose(images: SmallImages, count: int) -> SmallImages:
-    """`count` of the images, always the same ones whatever the seed of the run."""
-    if count > len(images):
-        raise InputError(f"--train-size {count}: there are only {len(images)} training images")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(1))
-    return images.subset(order[:count])
+def choose(images: SmallImages, count: int, flag: str) -> SmallImages:
+    """`count` of the images, see `chosen`."""
+    return images.subset(chosen(len(images), count, flag))
+
+
+def chosen(size: int, count: int, flag: str) -> Tensor:
+    """Indices of `count` of `size` images, always the same ones. Raises InputError if there are not so many."""
+    if count > size:
+        raise InputError(f"{flag} {count}: there are only {size} images")
+    return torch.randperm(size, generator=torch.Generator().manual_seed(1))[:count]
 
 
 def odd_images(count: int, batch_size: int, world: World) -> int:
@@ -359,6 +371,7 @@ class PhotoLoader:
         size: height and width of the images, in pixels.
         workers: number of processes; 0 decodes in this one.
         device: where the batches go.
+        count: use only so many of the images, see `chosen`.
 
     Raises:
         InputError: if there is no class, or a class without images; from `batches`, if a file cannot be decoded.
@@ -375,8 +388,11 @@ class PhotoLoader:
         workers: int = 4,
         device: torch.device | str = "cpu",
         world: World = processes.ALONE,
+        count: int | None = None,
     ) -> None:
         source = open_image_folder(folder)
+        if count:
+            source.samples = [source.samples[index] for index in chosen(len(source), count, "--test-size").tolist()]
         self.classes, self.device, self.size = source.classes, torch.device(device), (size, size)
         self.batch_size, self.world = batch_size, world
         self.sampler = Batches(len(source), batch_size, seed, shuffle=augment, world=world)

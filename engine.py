@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -395,6 +395,34 @@ def brief(record: dict[str, Any]) -> str:
 
 
 @torch.inference_mode()
+def predictions(
+    model: nn.Module, loader: Loader, seed: int, each_batch: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Classifies every image once in the model's gate mode.
+
+    Args:
+        seed: of the noise, which only the gate mode "sample" draws.
+        each_batch: called before each batch; it may raise to stop.
+
+    Yields:
+        images (n, 3, H, W), labels (n,), logits (n, K) and multipliers z (n, L): this process's share of a batch, if
+        that is not empty.
+    """
+    model.eval()
+    torch.manual_seed(seed)
+    bar = progress_bar(loader.batches(), "evaluating", len(loader), "batch")
+    for step, (images, labels) in enumerate(bar, start=1):
+        each_batch()
+        noise = None
+        if model.gate_mode == "sample":  # that of all processes, so that it does not depend on their number
+            count = batch_count(loader, step)
+            noise = draw_noise(model.num_gates, count, images)[:, loader.world.share(count)]
+        if len(images):
+            logits, gates = model(images, noise=noise)
+            yield images, labels, logits, torch.stack(gates, dim=1)
+
+
+@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     loader: Loader,
@@ -411,9 +439,8 @@ def evaluate(
     Args:
         target_rates, lossfact: of the target-rate loss, taken here on the rates over the whole set.
         topk: the k of the accuracies.
-        seed: of the noise, which only the gate mode "sample" draws.
+        seed, each_batch: see `predictions`.
         cost: of an image of the loader's size, to count what the images' graphs cost.
-        each_batch: called before each batch; it may raise to stop.
 
     Returns:
         loss, loss_classify, loss_target, top-k accuracies in percent; execution_rate (branches run over all L),
@@ -421,8 +448,6 @@ def evaluate(
         gates_by_class (K x L rates, NaN for a class without images). Rates are means of the multiplier z.
         With `cost` also what `compute` returns: for masked execution, too, the count of the open branches.
     """
-    model.eval()
-    torch.manual_seed(seed)
     num_classes, num_blocks = len(loader.classes), len(target_rates)
     device = next(model.parameters()).device
     dtype = sum_dtype(device)
@@ -430,17 +455,7 @@ def evaluate(
     shapes |= {"gates": num_blocks, "loss_classify": (), **{f"top{k}": () for k in topk}}
     sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     costs, all_labels = [torch.zeros(0, dtype=dtype, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
-    bar = progress_bar(loader.batches(), "evaluating", len(loader), "batch")
-    for step, (images, labels) in enumerate(bar, start=1):
-        each_batch()
-        noise = None
-        if model.gate_mode == "sample":  # that of all processes, so that it does not depend on their number
-            count = batch_count(loader, step)
-            noise = draw_noise(model.num_gates, count, images)[:, loader.world.share(count)]
-        if not len(images):
-            continue
-        logits, gates = model(images, noise=noise)
-        z = torch.stack(gates, dim=1)  # (n, L)
+    for _, labels, logits, z in predictions(model, loader, seed, each_batch):
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
         ones = torch.ones_like(labels, dtype=dtype)
         sums["by_class"].index_add_(0, labels, z.to(dtype))
@@ -488,6 +503,27 @@ def compute(costs: Tensor, labels: Tensor, classes: Sequence[str], cost: inferen
         "macs_quantiles": dict(zip(map(str, QUANTILES), costs.quantile(quantiles).tolist(), strict=True)),
         "macs_classes": dict(zip(classes, (sums / counts).tolist(), strict=True)),
     }
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: AdaptiveResNet, loader: Loader, seed: int) -> None:
+    """Replaces the running statistics of every BatchNorm by those of one epoch in the model's gate mode.
+
+    Training sees sampled gates, so its statistics are not those of "argmax". Means over the batches of a training
+    loader, as `torch.optim.swa_utils.update_bn` takes them, which would sample, too.
+    """
+    norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    torch.manual_seed(seed)
+    for images, _ in progress_bar(loader.batches(epoch=1), "BatchNorm", len(loader), "batch"):
+        model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
 
 
 def test(

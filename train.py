@@ -9,9 +9,11 @@ This script holds values only; the loops are in `engine`, the shared command lin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 import cli
 import data
@@ -64,22 +66,25 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     if "classes" in trained_on:
         data.same_classes(trained_on["classes"], test.classes, f"--dataset {args.dataset}")
     normalisation = (trained_on["mean"], trained_on["std"]) if "mean" in trained_on else None
-    train = None
-    if not args.test or normalisation is None:
+    training, evaluated = not args.test or args.reestimate_bn, test
+    if training or normalisation is None:
         train = data.load_small_images(args.dataset, args.data, train=True)
         data.same_classes(train.classes, test.classes, "the test images")
         if args.val_size:
             train, held_out = data.hold_out(train, args.val_size)
+            evaluated = test if args.test else held_out
         if args.train_size:
-            train = data.choose(train, args.train_size)
+            train = data.choose(train, args.train_size, "--train-size")
         normalisation = normalisation or data.pixel_statistics(args.dataset, train)
-    if args.test:
-        return cli.Data(None, data.SmallImageLoader(test, args.batch_size, normalisation, **place), normalisation)
-    if not args.val_size:
+    if args.test_size:
+        evaluated = data.choose(evaluated, args.test_size, "--test-size")
+    val = data.SmallImageLoader(evaluated, args.batch_size, normalisation, **place)
+    if not training:
+        return cli.Data(None, val, normalisation)
+    if not args.val_size and not args.test:
         print("the validation set is the test set, as in the original: choose models honestly with --val-size")
     augment = "crop" if args.dataset == "digits" else "crop+flip"
     loader = data.SmallImageLoader(train, args.batch_size, normalisation, augment=augment, seed=args.seed, **place)
-    val = data.SmallImageLoader(held_out if args.val_size else test, args.batch_size, normalisation, **place)
     return cli.Data(loader, val, normalisation)
 
 
@@ -90,8 +95,18 @@ def make_model(args: argparse.Namespace, num_classes: int) -> ResNet_cifar:
     return ResNet_cifar(BasicBlock, (blocks,) * 3, num_classes, [args.target] * (3 * blocks))
 
 
+def image_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """What makes (3, H, W) uint8 of an image of any size."""
+    return data.small_transform(args.dataset)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The flags and the checkpoint of --resume, see `cli.parse`."""
+    return cli.parse(make_parser(), argv, architecture=("depth",))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = cli.parse(make_parser(), argv, architecture=("depth",))
+    args, checkpoint = parse(argv)
     loaded = load_data(args, checkpoint)
     model = make_model(args, len(loaded.val.classes))
     milestones = scaled_milestones(args.epochs) if args.milestones is None else args.milestones

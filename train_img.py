@@ -9,10 +9,12 @@ This script holds values only; the loops are in `engine`, the shared command lin
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from torch import Tensor
 
 import cli
 import data
@@ -55,24 +57,45 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None) -> cli.Data:
     values = {"size": args.image_size, "seed": args.seed, "workers": args.workers}
     values |= {"device": cli.select(args), "world": processes.world()}
     root, names = Path(args.data), cli.recorded(checkpoint).get("classes")
-    val = data.PhotoLoader(data.find_split(root, ("val",)), args.batch_size, augment=False, **values)
+    split, count = data.find_split(root, ("val",)), args.test_size
+    val = data.PhotoLoader(split, args.batch_size, augment=False, count=count, **values)
     data.same_classes(names or val.classes, val.classes, str(root))
-    if args.test:
+    if args.test and not args.reestimate_bn:
         return cli.Data(None, val, data.IMAGENET_STATISTICS)
     train = data.PhotoLoader(data.find_split(root, ("train",)), args.batch_size, augment=True, **values)
     data.same_classes(train.classes, val.classes, f"{root}/val")
     return cli.Data(train, val, data.IMAGENET_STATISTICS)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args, checkpoint = cli.parse(make_parser(), argv, architecture=("arch",))
+def block_rates(args: argparse.Namespace) -> list[float]:
+    """The target rate of each block. Raises InputError if the flags give none."""
     try:
-        target_rates = target_rates_of(args.target_rates, args.arch, args.target)
+        return target_rates_of(args.target_rates, args.arch, args.target)
     except ValueError as error:
         raise InputError(f"--target-rates: {error}") from error
-    loaded = load_data(args, checkpoint)
+
+
+def make_model(args: argparse.Namespace, num_classes: int) -> ResNet_ImageNet:
+    """The network of the flags."""
     torch.manual_seed(derive_seed(args.seed, "weights"))
-    model = ResNet_ImageNet(Bottleneck, LAYERS[args.arch], len(loaded.val.classes), target_rates)
+    return ResNet_ImageNet(Bottleneck, LAYERS[args.arch], num_classes, block_rates(args))
+
+
+def image_transform(args: argparse.Namespace) -> Callable[[Image.Image], Tensor]:
+    """What makes (3, H, W) uint8 of an image of any size."""
+    return data.photo_transform(args.image_size, train=False)
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict | None]:
+    """The flags and the checkpoint of --resume, see `cli.parse`."""
+    return cli.parse(make_parser(), argv, architecture=("arch",))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, checkpoint = parse(argv)
+    target_rates = block_rates(args)
+    loaded = load_data(args, checkpoint)
+    model = make_model(args, len(loaded.val.classes))
     if args.pretrained and not checkpoint:
         print(load_pretrained(model, args.pretrained, args.arch))
     milestones = range(args.lrdecay, args.epochs + 1, args.lrdecay)

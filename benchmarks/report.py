@@ -1,0 +1,525 @@
+"""Writes results/README.md from the files that the runs left below results/.
+
+    python -m benchmarks.report            # writes it
+    python -m benchmarks.report --check    # status 2 if it is not what would be written
+
+The trainings are those of `benchmarks.reproduction`; other folders with an args.json get a table of their own. What no
+numbers can tell stands in a run's handwritten notes.md. Whatever is missing is said to be missing.
+
+Errors are in percent of the images. Differences of means have a 95 % interval by Welch's t (B. L. Welch, Biometrika
+1947), those of pairs one by the paired t.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+import cli
+import utils
+from benchmarks import reproduction
+from benchmarks.reproduction import ARMS, BEST_TEST, FULL_RUNS, OPTIONS, SEEDS
+from convnet_aig import GATE_MODES
+
+PLAIN, AIG, AIG_LOW, CONTROL = ARMS
+Runs = dict[str, "Run"]  # by name
+NONE = "–"
+UNKNOWN = "not known yet"  # a verdict
+MODES = ("sample", "argmax")  # that verdicts are on: the first is the authors'
+REESTIMATED = "argmax+bn"  # the key in test.json of --reestimate-bn
+FOLDERS = re.compile(r"""(?<=[\s='"])/(?:[^\s/]+/)*(?=[^\s/])""")  # in a command line: those of the machine
+CURVE = Path("model", "analysis", "curve.csv")
+HELPS = ("helps", "hurts")  # verdicts on options
+MEASURES = {  # of a test: column, unit, digits
+    "error": ("error, %", 1, 2),
+    "execution_rate": ("execution rate", 1, 3),
+    "macs_fraction": ("MAC fraction", 1, 3),
+    "macs_mean": ("MMACs", 1e6, 2),
+    "macs_paper": ("MMACs, paper's way", 1e6, 2),
+}
+COSTS = ("execution_rate", "macs_fraction", "macs_mean", "macs_paper")
+COLUMNS = " | ".join(column for column, *_ in MEASURES.values())
+INTRODUCTION = """# Results
+
+Written by `python -m benchmarks.report` from the files in the folders here; what is not in them is in `notes.md` of a
+folder. The data of the protocol are a copy of CIFAR-10 in JPEG at quality 75, in class folders: these accuracies are
+not CIFAR-10 accuracies. Speed, memory and the logs: [speed.md](speed.md)."""
+PAPER = """The paper's own numbers are of ResNet-110 after 350 epochs on real CIFAR-10, hence not comparable with ours:
+
+| the paper's net | error, % | layers executed |
+|---|---|---|
+| ResNet-110 | 6.61 | all |
+| with stochastic depth | 5.25 | all |
+| AIG-110, t = 0.7 | 5.76 | 82 % |
+| AIG-110*, layers scaled by their execution likelihood, trained longer | 5.14 | all |"""
+ADAPTIVITY = {
+    "beat": "AIG errs less than a net that drops branches at random, so regularisation alone does not explain it.",
+    "missed": "AIG errs more than a net that drops branches at random: adaptivity brought no accuracy here.",
+    "no difference shown": "nothing here shows that adaptivity does more for accuracy than branches dropped at random, "
+                           "a mere regularisation.",
+    UNKNOWN: "too few runs to tell.",
+}
+
+
+# ---------------------------------------------------------------------------------------------- what the runs left
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds of a training.
+
+    Attributes:
+        gated: False without gates, where all gate modes are the same.
+        state: what is missing; "" if nothing is.
+        errors: of the validation images by epoch; without --val-size they are the test images.
+        tests, best_tests: by gate mode, of the tested checkpoint and of model_best.pth.tar; see `read_tests`.
+    """
+
+    name: str
+    gated: bool
+    state: str = "not run yet"
+    args: dict[str, Any] = field(default_factory=dict)
+    errors: dict[int, float] = field(default_factory=dict)
+    seconds: float = 0
+    tests: dict[str, dict] = field(default_factory=dict)
+    best_tests: dict[str, dict] = field(default_factory=dict)
+    notes: str = ""
+
+    def test(self, mode: str, key: str = "error") -> float | None:
+        """A result of the tests, None if there is none."""
+        return self.tests.get(mode if self.gated else "argmax", {}).get(key)
+
+    def flattery(self) -> float:
+        """Error of the best epoch minus that of the last, both on the validation images."""
+        return min(self.errors.values()) - self.errors[max(self.errors)]
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Turns what malformed contents raise into an InputError that names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise utils.InputError(f"{path} is damaged: move it away") from error
+
+
+def read_tests(path: Path) -> dict[str, dict]:
+    """By gate mode: the epoch, and `MEASURES`, None where they were not counted."""
+    with naming(path):
+        return {
+            mode: {"error": 100 - result["top1"], "epoch": int(result["epoch"])}
+            | {key: float(result[key]) if key in result else None for key in COSTS}
+            for mode, result in utils.read_json(path).items()
+        }
+
+
+def read_run(folder: Path, flags: str = "", modes: Sequence[str] = GATE_MODES) -> Run:
+    """Reads a run folder; one without args.json is a run that has not begun.
+
+    Args:
+        flags: that its commands must contain if it belongs to the protocol.
+        modes: in which its last epoch must then have been tested; a net without gates has one.
+
+    Raises:
+        InputError: if a file is damaged, naming it.
+    """
+    args, gated = utils.read_json(folder / utils.ARGS), len(modes) > 1
+    if not args:
+        return Run(folder.name, gated)
+    with naming(folder / utils.METRICS):
+        records = utils.read_records(folder)
+        errors = {record["epoch"]: 100 - record["val"]["top1"] for record in records}
+        seconds = sum(record["seconds"] for record in records)
+    tests, best_tests = read_tests(folder / utils.TEST), read_tests(folder / BEST_TEST)
+    with naming(folder / utils.ARGS):
+        commands = [FOLDERS.sub("", line) for line in args.get("commands") or [args["command"]]]
+        args = {**args, "commands": commands, "parameters": int(args["parameters"])}
+        state = shortcoming(args, errors, tests, flags, modes)
+    notes = folder / "notes.md"
+    text = notes.read_text().strip() if notes.exists() else ""
+    return Run(folder.name, gated, state, args, errors, seconds, tests, best_tests, text)
+
+
+def shortcoming(args: dict, errors: dict, tests: dict, flags: str, modes: Sequence[str]) -> str:
+    """What a run that has begun lacks; "" if nothing."""
+    if flags and not all(f" {flags} " in f"{command} " for command in args["commands"]):
+        return "left out: trained with other flags than the protocol's"
+    if len(errors) < args["epochs"]:
+        return f"incomplete: {len(errors)} of {args['epochs']} epochs"
+    if flags and (untested := [mode for mode in modes if mode not in tests]):
+        return f"incomplete: not tested in {', '.join(untested)}"
+    if flags and (wrong := {tests[mode]["epoch"] for mode in modes} - {args["epochs"]}):
+        return f"left out: tested at epoch {min(wrong)} instead of the last"
+    return ""
+
+
+def read_protocol(results: Path) -> Runs:
+    """All runs of the protocol, also those that have not begun."""
+    runs = {}
+    for name, flags in reproduction.protocol():
+        runs[name] = read_run(results / name, flags, list(reproduction.tests(name, flags)))
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+class Difference(NamedTuple):
+    """Of two means, with its 95 % interval; NaN where there is none."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def difference(a: Sequence[float], b: Sequence[float], paired: bool = False) -> Difference | None:
+    """mean(a) - mean(b), with an interval if both have two values; None if one has none."""
+    if not a or not b:
+        return None
+    mean, low, high = statistics.mean(a) - statistics.mean(b), math.nan, math.nan
+    if min(len(a), len(b)) > 1:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # equal values: an interval of NaN
+            test = stats.ttest_rel(a, b) if paired else stats.ttest_ind(a, b, equal_var=False)
+            low, high = map(float, test.confidence_interval(0.95))
+    return Difference(mean, low, high)
+
+
+def verdict(found: Difference | None, better: str = "beat", worse: str = "missed") -> str:
+    """What a difference of errors, ours minus the other's, shows."""
+    if found is None or math.isnan(found.low):
+        return UNKNOWN
+    if found.high < 0:
+        return better
+    return worse if found.low > 0 else "no difference shown"
+
+
+def whole(runs: Runs, arm: str) -> dict[int, Run]:
+    """The complete runs of an arm of the small protocol, by seed."""
+    return {seed: run for seed in SEEDS if not (run := runs[f"small-{arm}-s{seed}"]).state}
+
+
+def column(runs: Runs, arm: str, mode: str, key: str = "error") -> list[float]:
+    """A result of the tests of the complete runs of an arm."""
+    return [value for run in whole(runs, arm).values() if (value := run.test(mode, key)) is not None]
+
+
+def compare(runs: Runs, arm: str, other: str, mode: str) -> Difference | None:
+    """The error of an arm minus that of another."""
+    return difference(column(runs, arm, mode), column(runs, other, mode))
+
+
+# ---------------------------------------------------------------------------------------------- Markdown
+
+
+def show(value: float | None, digits: int = 2) -> str:
+    return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def show_mean(values: Sequence[float], digits: int = 2) -> str:
+    """Mean ± standard deviation of the sample."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return show(statistics.mean(values), digits) + spread if values else NONE
+
+
+def show_difference(found: Difference | None) -> str:
+    if found is None:
+        return NONE
+    interval = "no interval" if math.isnan(found.low) else f"{found.low:+.2f} to {found.high:+.2f}"
+    return f"{found.mean:+.2f} ({interval})"
+
+
+def show_seeds(runs: Runs, arm: str) -> str:
+    missing = [str(seed) for seed in SEEDS if seed not in whole(runs, arm)]
+    return f"{len(SEEDS) - len(missing)} of {len(SEEDS)}" + (f", missing: {', '.join(missing)}" if missing else "")
+
+
+def show_test(result: dict[str, float | None]) -> list[str]:
+    """One cell for each of `COLUMNS`."""
+    values = [(result[key], unit, digits) for key, (_, unit, digits) in MEASURES.items()]
+    return [NONE if value is None else show(value / unit, digits) for value, unit, digits in values]
+
+
+def show_tests(runs: Runs, arm: str, mode: str) -> list[str]:
+    """The same, of all seeds of an arm."""
+    return [show_mean([value / unit for value in column(runs, arm, mode, key)], digits)
+            for key, (_, unit, digits) in MEASURES.items()]
+
+
+def show_epoch(run: Run, best: bool) -> str:
+    """The error of the validation images in the best or the last epoch, and which one that is."""
+    if not run.errors:
+        return NONE
+    epoch = min(run.errors, key=run.errors.get) if best else max(run.errors)
+    return f"{run.errors[epoch]:.2f} ({epoch}{', held out' if run.args.get('val_size') else ''})"
+
+
+def show_commit(run: Run) -> str:
+    commit, *dirty = (run.args.get("git_commit") or NONE).split("-")
+    return "-".join([commit[:7], *dirty])
+
+
+def table(header: str, rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; the columns of `header` are separated by bars."""
+    rule = "|".join("---" for _ in header.split("|"))
+    return "\n".join([f"| {header} |", f"|{rule}|", *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+# ---------------------------------------------------------------------------------------------- sections
+
+
+def verdict_section(runs: Runs) -> str:
+    pairs = [(arm, PLAIN, mode) for arm in (AIG, AIG_LOW) for mode in MODES]
+    pairs += [(CONTROL, PLAIN, NONE), *((AIG, CONTROL, mode) for mode in (*MODES, "expected"))]
+    rows = [(*pair, show_difference(found := compare(runs, *pair)), verdict(found)) for pair in pairs]
+    lacking = [f"`{arm}` {show_seeds(runs, arm)}" for arm in ARMS if len(whole(runs, arm)) < len(SEEDS)]
+    provisional = f"**Provisional**, seeds so far: {'; '.join(lacking)}.\n\n" if lacking else ""
+    control, dense = (compare(runs, AIG, CONTROL, mode) for mode in ("sample", "expected"))
+    return f"""## Verdict
+
+{provisional}Does AIG (`{AIG}`) match, beat or miss the plain net (`{PLAIN}`)?
+
+{headline(runs, "sample", "as the authors' code evaluates")}
+{headline(runs, "argmax", "without noise")}
+- On all training images, one seed and so no interval: {full_difference(runs[f"full-{AIG}"], runs[f"full-{PLAIN}"])}.
+
+{table("arm | against | gate mode | difference of errors, points (95 % interval) | verdict", rows)}
+
+Mean error of the last epoch; points are percentage points. "beat": the interval lies wholly below 0; "missed": wholly
+above. The first row is the protocol's question; the intervals of the others are not corrected for their number.
+
+Adaptivity or regularisation? Against stochastic depth, in mode `sample`: {show_difference(control)} points;
+{ADAPTIVITY[verdict(control)]}
+Stochastic depth drops branches in training only, and runs all of them in the test. So does AIG in mode `expected`:
+{show_difference(dense)} points, {verdict(dense)}."""
+
+
+def headline(runs: Runs, mode: str, words: str) -> str:
+    found, costs = compare(runs, AIG, PLAIN, mode), [column(runs, arm, mode, "macs_mean") for arm in (AIG, PLAIN)]
+    if found is None:
+        return f"- Gate mode `{mode}`, {words}: **{UNKNOWN}**."
+    share = 100 * statistics.mean(costs[0]) / statistics.mean(costs[1]) if all(costs) else None
+    ours, plain = (show_mean(column(runs, arm, mode)) for arm in (AIG, PLAIN))
+    return (f"- Gate mode `{mode}`, {words}, at {show(share, 1)} % of the plain net's multiply-accumulates: "
+            f"**{verdict(found)}**. Error {ours} % against {plain} %: {show_difference(found)} points.")
+
+
+def full_difference(ours: Run, plain: Run) -> str:
+    if ours.state or plain.state:
+        return UNKNOWN
+    errors = " and ".join(f"{ours.test(mode):.2f} % in mode `{mode}`" for mode in MODES)
+    return f"error {errors} against {plain.test('argmax'):.2f} %"
+
+
+def protocol_section(runs: Runs) -> str:
+    begun = [run for run in runs.values() if run.args]
+    recorded = {
+        "Hardware": [run.args.get("hardware", NONE) for run in begun],
+        "versions": [" ".join(version) for run in begun for version in run.args.get("versions", {}).items()],
+        "commit": map(show_commit, begun),
+        "data folder": [Path(run.args.get("data") or NONE).name for run in begun],
+    }
+    facts = "; ".join(f"{what}: {', '.join(dict.fromkeys(values))}" for what, values in recorded.items())
+    words = "\n\n".join(inspect.cleandoc(reproduction.__doc__).split("\n\n")[3:])
+    return f"""## How it was measured
+
+{f"{facts}." if begun else "No training of the protocol has begun yet."}
+
+    python -m benchmarks.reproduction --data DIR                # all that is not done yet; DIR holds train/ and test/
+    python -m benchmarks.reproduction --data DIR --only NAME    # a row of "Every run"
+    python -m benchmarks.report                                 # this file
+
+In the words of `benchmarks/reproduction.py`:
+
+{words}"""
+
+
+def arms_section(runs: Runs) -> str:
+    rows, choices = [], []
+    for arm in ARMS:
+        for mode in GATE_MODES if runs[f"small-{arm}-s{SEEDS[0]}"].gated else (NONE,):
+            against = show_difference(compare(runs, arm, PLAIN, mode)) if arm != PLAIN else NONE
+            rows.append((arm, mode, show_seeds(runs, arm), *show_tests(runs, arm, mode), against))
+        there = list(whole(runs, arm).values())
+        parameters = ", ".join(dict.fromkeys(f"{run.args['parameters']:,}" for run in there)) or NONE
+        best, gain = [min(run.errors.values()) for run in there], [run.flattery() for run in there]
+        seconds = show(statistics.median(run.seconds for run in there), 0) if there else NONE
+        choices.append((arm, parameters, show_mean(best), show_mean(gain), seconds))
+    return f"""## The arms of the small protocol
+
+Last epoch, mean ± standard deviation over the seeds. Nets without gates have one row: the mode does not matter to them.
+
+{table(f"arm | gate mode | seeds | {COLUMNS} | error minus {PLAIN}'s, points (95 % interval)", rows)}
+
+MAC fraction: multiply-accumulates over those of the same net with every branch and no gate. MMACs: the true count, in
+millions, mean over the images; the paper's way: the dense net's count times the execution rate (twice that are the
+paper's CIFAR FLOPs).
+
+The best epoch is chosen on the test images, here in mode `argmax`: "best minus last" is how much that flatters.
+Seconds: median of a whole training; two at a time shared the machine.
+
+{table("arm | parameters | error, best epoch, % | best minus last, points | seconds", choices)}"""
+
+
+def runs_section(runs: Runs) -> str:
+    rows = [
+        (run.name, show(run.test("sample")), show(run.test("argmax")), show_epoch(run, best=True),
+         show(run.test("sample", "execution_rate"), 3), show(run.test("sample", "macs_fraction"), 3),
+         show(run.seconds, 0) if run.args else NONE, show_commit(run), run.state)
+        for run in runs.values()
+    ]
+    notes = [f"\n\n`{run.name}`: {run.notes}" for run in runs.values() if run.notes]
+    header = ("run | `sample`, % | `argmax`, % | best, % (epoch) | execution rate | MAC fraction | seconds | commit "
+              "| remark")
+    return f"""## Every run
+
+All runs of the protocol, in its order: error of the last epoch in two gate modes, the best epoch's on the validation
+images (the test images, unless held out; mode `argmax`), costs in mode `sample`. Without gates both modes are the
+same. No run with a remark is in the means.
+
+{table(header, rows)}{"".join(notes)}"""
+
+
+def options_section(runs: Runs) -> str:
+    rows = [("none", mode, show_seeds(runs, AIG), *show_tests(runs, AIG, mode), NONE, NONE) for mode in MODES]
+    for option in OPTIONS:
+        for mode in MODES:
+            arm = f"option-{option}"
+            found = compare(runs, arm, AIG, mode)
+            rows.append((option, mode, show_seeds(runs, arm), *show_tests(runs, arm, mode), show_difference(found),
+                         verdict(found, *HELPS)))
+    flags = "; ".join(f"{option}: `{flags}`" for option, flags in OPTIONS.items())
+    pairs = list(reestimations(runs))
+    columns = "arm | pairs | `argmax`, % | re-estimated, % | difference, points (95 % interval) | verdict"
+    return f"""## The options
+
+Each against `small-{AIG}`, which has none. {flags}.
+
+{table(f"option | gate mode | seeds | {COLUMNS} | difference, points (95 % interval) | verdict", rows)}
+
+The same weights with BatchNorm's statistics re-estimated for the gate mode of the test, paired over the seeds:
+
+{table(columns, pairs) if pairs else f"Not tested yet: no run has `{REESTIMATED}`."}"""
+
+
+def reestimations(runs: Runs) -> Iterator[tuple[str, ...]]:
+    """A row for each arm that has been tested with BatchNorm re-estimated, too."""
+    for arm in (*ARMS, *(f"option-{option}" for option in OPTIONS)):
+        tests = [run.tests for run in whole(runs, arm).values() if REESTIMATED in run.tests]
+        before, after = ([test[mode]["error"] for test in tests] for mode in ("argmax", REESTIMATED))
+        if found := difference(after, before, paired=True):
+            words = (show_difference(found), verdict(found, *HELPS))
+            yield arm, str(len(tests)), show_mean(before), show_mean(after), *words
+
+
+def full_section(runs: Runs) -> str:
+    full = [runs[f"full-{arm}"] for arm in FULL_RUNS]
+    rows = [
+        (run.name, f"{which} ({result['epoch']})", mode, *show_test(result))
+        for run in full
+        for which, tests in (("last", run.tests), ("best", run.best_tests))
+        for mode, result in tests.items()
+    ]
+    choices = "\n".join(f"- `{run.name}`: {choice(run)}." for run in full)
+    return f"""## The full runs
+
+One seed each, so no interval and no verdict.
+
+{table(f"run | epoch | gate mode | {COLUMNS}", rows) if rows else "None has been tested yet."}
+
+What choosing the best epoch in mode `argmax` does to the error on the test images:
+
+{choices}
+
+{PAPER}"""
+
+
+def choice(run: Run) -> str:
+    """The error on the test images of the best epoch against the last one's."""
+    best, last = (tests.get("argmax", {}).get("error") for tests in (run.best_tests, run.tests))
+    if run.state:
+        return run.state
+    if not run.args.get("val_size"):
+        return f"{run.flattery():+.2f} points against the last epoch, chosen on the test images"
+    if best is None:
+        return "chosen on held-out images, but its best epoch has not been tested yet"
+    return f"{best - last:+.2f} points against the last epoch, chosen on held-out images"
+
+
+def curve_section(path: Path) -> str:
+    """The sweep of operating points; the curve's file has the columns run, mode, threshold and `MEASURES`."""
+    title = "## Error over computation"
+    if not path.exists():
+        return f"{title}\n\nNot measured yet: there is no `{CURVE}`."
+    with naming(path), path.open(newline="") as file:
+        rows = [
+            (row["run"], row["mode"], show(float(row["threshold"] or "nan")),
+             *show_test({key: float(row[key]) for key in MEASURES}))
+            for row in csv.DictReader(file)
+        ]
+    return f"""{title}
+
+The same weights at other thresholds and gate modes (`{CURVE}`).
+
+{table(f"run | gate mode | threshold | {COLUMNS}", rows)}"""
+
+
+def others_section(others: Sequence[Run]) -> str:
+    rows, details = [], []
+    for run in others:
+        depth = run.args.get("depth")
+        net = f"{run.args.get('arch') or f'ResNet-{depth}'}, t = {run.args.get('target')}"
+        name = (run.name, net, Path(run.args.get("data") or run.args.get("dataset") or NONE).name, show_commit(run))
+        last, best = (show_epoch(run, best) for best in (False, True))
+        tests = [(f"{mode} ({result['epoch']})", *show_test(result)) for mode, result in run.tests.items()]
+        rows += [(*name, last, best, *test) for test in tests or [("not tested", *[NONE] * len(MEASURES))]]
+        lines = "\n".join(f"    python {command}" for command in run.args["commands"])
+        details.append("\n\n".join(filter(None, (f"### {run.name}", lines, run.state, run.notes))))
+    header = f"run | net | data | commit | last, % (epoch) | best, % (epoch) | tested mode (epoch) | {COLUMNS}"
+    parts = [table(header, rows), "Last and best: errors of the validation images in training.", *details]
+    return "\n\n".join(["## Other runs", *(parts if others else ["None."])])
+
+
+def report(results: Path) -> str:
+    """The text of README.md.
+
+    Raises:
+        InputError: if a file of a run is damaged, naming it.
+    """
+    runs = read_protocol(results)
+    folders = sorted(path.parent for path in results.glob(f"*/{utils.ARGS}"))
+    others = [read_run(folder) for folder in folders if folder.name not in runs]
+    sections = (verdict_section(runs), protocol_section(runs), arms_section(runs), runs_section(runs),
+                options_section(runs), full_section(runs), curve_section(results / CURVE), others_section(others))
+    return "\n\n".join([INTRODUCTION, *sections]) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = cli.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--results", type=Path, default=reproduction.ROOT / "results", metavar="DIR")
+    parser.add_argument("--check", action="store_true", help="write nothing; status 2 if README.md differs")
+    args = parser.parse_args(argv)
+    if not args.results.is_dir():
+        raise utils.InputError(f"--results {args.results}: no such folder")
+    text, path = report(args.results), args.results / "README.md"
+    if not args.check:
+        with utils.atomic_write(path) as file:
+            file.write(text.encode())
+    elif not path.exists() or path.read_text() != text:
+        raise utils.InputError(f"{path} is not what its runs say: run python -m benchmarks.report")
+
+
+if __name__ == "__main__":
+    cli.main(main, "report")

@@ -1,0 +1,424 @@
+"""analyze.py: its numbers are those of --test, its tests can fail, its figures can be drawn of anything."""
+
+import csv
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import analyze
+import convnet_aig
+import data
+import figures
+import measures
+import train
+import train_img
+import utils
+from convnet_aig import BasicBlock, ResNet_cifar
+
+FIGURES = ("rates", "usage", "extremes", "curve", "robustness", "similarity")
+
+
+def read_csv(path):
+    """The rows of a CSV file as dicts."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A net trained on digits, its plain twin, and what --test says of the first in every gate mode."""
+    root = tmp_path_factory.mktemp("runs")
+    common = ["--dataset", "digits", "--depth", "14", "--batch-size", "64", "--epochs", "12", "--save", str(root)]
+    train.main([*common, "--target", "0.6", "--expname", "aig"])
+    train.main([*common, "--target", "1", "--expname", "plain", "--stop-after", "1"])
+    for mode in convnet_aig.GATE_MODES:
+        train.main(["--test", "--resume", str(root / "aig" / utils.CHECKPOINT), "--gate-mode", mode])
+    return root
+
+
+@pytest.fixture(scope="module")
+def analyzed(runs, tmp_path_factory):
+    """The folder of an analysis of all parts, the plain net beside it."""
+    out = tmp_path_factory.mktemp("analysis")
+    analyze.main(["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(out), "--compare", str(runs / "plain"),
+                  "--permutations", "199", "--epsilons", "0", "4/255", "0.05", "--thresholds", "0.3", "0.7"])
+    return out
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """An ImageNet-layout folder of three classes."""
+    root, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split, name, number in itertools.product(("train", "val"), ("ant", "bee", "cow"), range(4)):
+        folder = root / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture
+def small():
+    """An untrained net whose gates decide differently for different images."""
+    torch.manual_seed(0)
+    model = ResNet_cifar(BasicBlock, (2, 2, 2), 5).double().eval()
+    for block in model.blocks():
+        nn.init.normal_(block.fc2.weight, 0, 2)
+        nn.init.zeros_(block.fc2.bias)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+def test_every_number_is_that_of_test(runs, analyzed):
+    tested = json.loads((runs / "aig" / utils.TEST).read_text())
+    summary = json.loads((analyzed / analyze.SUMMARY).read_text())
+    for part in ("rates", "usage"):
+        for name in ("images", "top1", "execution_rate", "macs_mean", "macs_dense", "macs_fraction"):
+            assert summary[part][name] == pytest.approx(tested["argmax"][name], rel=1e-12), name
+    assert summary["rates"]["gates"] == pytest.approx(tested["argmax"]["gates"], rel=1e-12)
+    assert summary["usage"]["executed_blocks"] == tested["argmax"]["executed_blocks"]
+    by_class = {row["class"]: float(row["mean"]) for row in read_csv(analyzed / "rates.csv")}
+    assert by_class == pytest.approx(tested["argmax"]["classes"], rel=1e-12)
+    macs = {row["class"]: float(row["macs_mean"]) for row in read_csv(analyzed / "usage.csv")}
+    assert macs.pop("all") == pytest.approx(tested["argmax"]["macs_mean"], rel=1e-12)
+    assert macs == pytest.approx(tested["argmax"]["macs_classes"], rel=1e-12)
+    points = {row["mode"]: row for row in read_csv(analyzed / "curve.csv")
+              if row["run"] == "aig" and row["threshold"] in ("0.5", "nan")}
+    assert points.keys() == tested.keys()
+    for mode, row in points.items():
+        assert 100 - float(row["error"]) == pytest.approx(tested[mode]["top1"], rel=1e-12)
+        for name in ("execution_rate", "macs_mean", "macs_fraction", "macs_paper"):
+            assert float(row[name]) == pytest.approx(tested[mode][name], rel=1e-12), (mode, name)
+
+
+def test_tables_agree_with_each_other(analyzed):
+    images, summary = read_csv(analyzed / "images.csv"), json.loads((analyzed / analyze.SUMMARY).read_text())
+    assert len(images) == 360
+    hits = [row["class"] == row["predicted"] for row in images]
+    assert 100 * np.mean(hits) == pytest.approx(summary["usage"]["top1"])
+    assert all(row["graph"].count("1") == int(row["blocks"]) for row in images)
+    rates = np.mean([[int(mark) for mark in row["graph"]] for row in images], axis=0)
+    assert rates.tolist() == pytest.approx(summary["rates"]["gates"])
+    rows = read_csv(analyzed / "robustness.csv")
+    robust = {(row["run"], float(row["epsilon"]), row["jpeg_quality"]): row for row in rows}
+    assert len(robust) == 2 * 3 * 2
+    assert float(robust["aig", 0, ""]["error"]) == pytest.approx(100 - summary["usage"]["top1"])
+    assert float(robust["aig", 0, ""]["macs_mean"]) == pytest.approx(summary["usage"]["macs_mean"])
+
+
+def test_all_parts_leave_figure_table_and_arrays(analyzed):
+    expected = {analyze.SUMMARY, "images.csv"} | {f"{name}.{kind}" for name in FIGURES for kind in ("png", "npz")}
+    expected |= {f"{name}.csv" for name in FIGURES if name != "extremes"}
+    assert {path.name for path in analyzed.iterdir()} == expected
+    for part in json.loads((analyzed / analyze.SUMMARY).read_text()).values():
+        assert part["gate_mode"] == "argmax"
+        assert part["versions"]["torch"] == torch.__version__
+
+
+def test_a_part_of_the_images_is_the_same_part_in_test(runs, tmp_path):
+    best = runs / "aig" / utils.CHECKPOINT
+    analyze.main(["--resume", str(best), "--out", str(tmp_path), "--only", "rates", "--test-size", "50"])
+    args, checkpoint = train.parse(["--test", "--resume", str(best), "--test-size", "50"])
+    loader = train.load_data(args, checkpoint).val
+    found = json.loads((tmp_path / analyze.SUMMARY).read_text())["rates"]
+    assert found["images"] == loader.num_images == 50
+    whole = data.load_small_images("digits", "", train=False)
+    pixels = measures.Pixels([0] * 3, [1 / 255] * 3, torch.device("cpu"))
+    assert pixels.mean.sum() == 0
+    chosen = data.chosen(360, 50, "--test-size")
+    assert torch.equal(loader.labels, whole.labels[chosen])
+
+
+# ---------------------------------------------------------------------------------------------- similarity
+
+
+def brute_force_agreement(opened, labels, num_classes):
+    """(K, K) mean agreement over all ordered pairs of different images."""
+    pairs = [[[] for _ in range(num_classes)] for _ in range(num_classes)]
+    for i, j in itertools.permutations(range(len(labels)), 2):
+        pairs[labels[i]][labels[j]].append(np.mean(opened[i] == opened[j]))
+    return np.array([[np.mean(cell) if cell else np.nan for cell in row] for row in pairs]), pairs
+
+
+def test_agreement_is_that_of_all_pairs():
+    random = np.random.default_rng(0)
+    opened, labels = random.random((40, 5)) < 0.7, random.integers(0, 4, 40)
+    labels[labels == 2] = 3
+    labels[0] = 2  # a class with a single image has no pair
+    expected, pairs = brute_force_agreement(opened, labels, 4)
+    np.testing.assert_allclose(measures.agreement_of_classes(opened, labels, 4), expected, rtol=1e-12)
+    within = np.mean([each for k in range(4) for each in pairs[k][k]])
+    between = np.mean([each for k, m in itertools.permutations(range(4), 2) for each in pairs[k][m]])
+    found = measures.similarity(opened, labels, 4, permutations=9, seed=0)
+    assert [found["within"], found["between"]] == pytest.approx([within, between], rel=1e-12)
+
+
+def test_graphs_that_follow_the_class_beat_the_baseline_and_others_do_not():
+    random = np.random.default_rng(1)
+    labels = np.repeat(np.arange(5), 40)
+    chance = random.random((200, 8)) < 0.6
+    found = measures.similarity(chance, labels, 5, permutations=199, seed=0)
+    assert found["p"] > 0.01
+    rates = random.random((5, 8))
+    found = measures.similarity(random.random((200, 8)) < rates[labels], labels, 5, permutations=199, seed=0)
+    assert found["p"] == 1 / 200
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_an_untrained_net_is_at_chance_and_a_trained_one_is_not(runs, analyzed, tmp_path, mode):
+    state = torch.load(runs / "aig" / utils.CHECKPOINT, weights_only=True)
+    args, _ = train.parse(["--test", "--resume", str(runs / "aig" / utils.CHECKPOINT)])
+    fresh = train.make_model(args, 10).state_dict()
+    state = {**state, "state_dict": fresh, "is_best": False}
+    utils.save_checkpoint(state, tmp_path)
+    call = ["--only", "similarity", "--permutations", "199", "--gate-mode", mode]
+    analyze.main(["--resume", str(tmp_path / utils.CHECKPOINT), "--out", str(tmp_path / "out"), *call])
+    found = json.loads((tmp_path / "out" / analyze.SUMMARY).read_text())["similarity"]
+    assert found["p"] > 0.01
+    assert abs(found["excess"]) <= 4 * found["shuffled_std"]
+    analyze.main(["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(tmp_path / "trained"), *call])
+    found = json.loads((tmp_path / "trained" / analyze.SUMMARY).read_text())["similarity"]
+    assert found["p"] == 1 / 200
+    assert found["excess"] > found["shuffled_mean"] + 10 * found["shuffled_std"]
+
+
+# ---------------------------------------------------------------------------------------------- robustness
+
+
+@pytest.mark.parametrize("tau", [0.5, 1, 2])
+def test_the_gradient_of_a_hard_gate_is_that_of_its_probability(small, tau):
+    x = torch.randn(8, 16, 8, 8, dtype=torch.float64)
+    block = next(small.blocks())
+    logits = block.gate_logits(x).detach().requires_grad_()
+    block.gate_logits = lambda x: logits
+    z = block.gate(x, "argmax", 0.5, tau, None)
+    assert torch.equal(z, (logits[:, 1] > logits[:, 0]).double())
+    (gradient,) = torch.autograd.grad(z.sum(), logits)
+    p = torch.softmax(logits.detach() / tau, 1)[:, 1]
+    torch.testing.assert_close(gradient[:, 1], p * (1 - p) / tau)
+    torch.testing.assert_close(gradient[:, 0], -p * (1 - p) / tau)
+
+
+def test_asking_for_gradients_changes_no_output(small):
+    x = torch.randn(16, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        plain = small(x)
+    with_gradient = small(x.requires_grad_())
+    assert torch.equal(plain[0], with_gradient[0])
+    assert all(torch.equal(a, b) for a, b in zip(plain[1], with_gradient[1], strict=True))
+
+
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+@pytest.mark.parametrize("epsilon", [1 / 255, 8 / 255, 0.1])
+def test_fgsm_is_the_librarys(small, mode, epsilon):
+    torchattacks = pytest.importorskip("torchattacks", reason="pip install torchattacks")
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    small.gate_mode = mode
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.float64)
+    labels = torch.randint(0, 5, (12,))
+    noise = convnet_aig.draw_noise(small.num_gates, 12, pixels)
+
+    class Victim(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.small = small
+
+        def forward(self, x):
+            scale = torch.tensor(std, dtype=x.dtype).view(3, 1, 1)
+            return small((x - torch.tensor(mean, dtype=x.dtype).view(3, 1, 1)) / scale, noise=noise)[0]
+
+    theirs = torchattacks.FGSM(Victim().eval(), eps=epsilon)(pixels / 255, labels)
+    scale = measures.Pixels(mean, std, torch.device("cpu"))
+    sign = measures.gradient_sign(small, scale.normalise(pixels), labels, noise)
+    ours = measures.fgsm(pixels, sign, epsilon) / 255
+    assert (sign != 0).float().mean() > 0.9
+    # where a gradient is zero but for rounding, its sign is chance
+    assert ((theirs - ours).abs() > 1e-6).float().mean() < 1e-3
+
+
+def test_epsilon_0_changes_nothing(analyzed):
+    table = read_csv(analyzed / "robustness.csv")
+    rows = [row for row in table if row["run"] == "aig"]
+    still = [row for row in rows if float(row["epsilon"]) == 0 and not row["jpeg_quality"]]
+    assert [(float(row["gates_changed"]), float(row["images_changed"])) for row in still] == [(0, 0)]
+    attacked = [float(row["error"]) for row in rows if not row["jpeg_quality"]]
+    assert attacked[0] < attacked[1] < attacked[2]
+    assert any(float(row["gates_changed"]) > 0 for row in rows)
+    assert all(float(row["gates_changed"]) == 0 for row in table if row["run"] == "plain")
+
+
+def test_pixels_are_recovered_exactly_and_stay_in_range():
+    loader = data.SmallImageLoader(data.load_small_images("digits", "", train=False), 64, ([0.3] * 3, [0.35] * 3))
+    pixels = measures.Pixels([0.3] * 3, [0.35] * 3, torch.device("cpu"))
+    images, _ = next(iter(loader.batches()))
+    original = pixels.of(images)
+    assert torch.equal(original.to(torch.uint8).permute(0, 2, 3, 1), loader.images[:64])
+    torch.testing.assert_close(pixels.normalise(original), images)
+    assert torch.equal(measures.fgsm(original, torch.ones_like(original), 0), original)
+    attacked = measures.fgsm(original, torch.sign(torch.randn_like(original)), 0.3)
+    assert attacked.min() >= 0
+    assert attacked.max() <= 255
+    assert (attacked - original).abs().max() == pytest.approx(0.3 * 255)
+    worse, better = ((measures.jpeg(original, quality) - original).abs().mean() for quality in (10, 95))
+    assert 0 < better < worse
+
+
+# ---------------------------------------------------------------------------------------------- images, figures, files
+
+
+def test_images_of_any_kind_are_shown_with_the_networks_own_graph(runs, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    files = [tmp_path / "colour.png", tmp_path / "grey.png"]
+    for file, shape in zip(files, [(30, 20, 3), (8, 8)], strict=True):
+        Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(file)
+    best = str(runs / "aig" / utils.CHECKPOINT)
+    analyze.main(["--resume", best, "--image", *map(str, files), "--out", str(tmp_path / "out")])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed[::3][:2]] == [str(file) for file in files]
+    args, checkpoint = train.parse(["--test", "--resume", best])
+    model = train.make_model(args, 10).eval()
+    model.load_state_dict(checkpoint["state_dict"])
+    own = checkpoint["args"]
+    x = torch.stack([train.image_transform(args)(data.read_image(file)) for file in files]) / 255
+    mean, std = (torch.tensor(own[name]).view(3, 1, 1) for name in ("mean", "std"))
+    logits, gates = model((x - mean) / std)
+    with np.load(tmp_path / "out" / "graphs.npz") as arrays:
+        assert np.array_equal(arrays["opened"], torch.stack(gates, 1).detach().numpy() > 0.5)
+        assert arrays["pixels"].shape == (2, 8, 8, 3)
+    marks = ["".join("#" if z > 0.5 else "." for z in graph) for graph in torch.stack(gates, 1).tolist()]
+    assert ["".join(line.split("(")[0].split()).translate(str.maketrans("", "", "stage0123456789"))
+            for line in printed[1::3][:2]] == marks
+    best_class = logits.softmax(1)[0].max(0)
+    assert f"{own['classes'][best_class.indices]} {100 * best_class.values:.1f} %" in printed[0]
+    assert (tmp_path / "out" / "graphs.png").stat().st_size > 1000
+
+
+def test_an_imagenet_layout_folder_with_blocks_that_always_run(photographs, tmp_path, capsys):
+    common = ["--image-size", "32", "--workers", "0", "--batch-size", "6", "--target-rates", "paper", "--target", "0.4"]
+    common += ["--epochs", "1", "--lr", "1e-3", "--save", str(tmp_path), "--expname", "run"]
+    train_img.main([str(photographs), *common])
+    checkpoint = str(tmp_path / "run" / utils.CHECKPOINT)
+    out, image = tmp_path / "out", str(photographs / "val" / "bee" / "1.jpg")
+    analyze.main(["--resume", checkpoint, "--out", str(out), str(photographs), "--gate-mode", "sample",
+                  "--permutations", "19", "--epsilons", "0", "0.01", "--thresholds", "0.5", "--workers", "0"])
+    capsys.readouterr()
+    train_img.main(["--test", "--resume", checkpoint, "--gate-mode", "sample", "--gate-samples", "1"])
+    tested = json.loads((tmp_path / "run" / utils.TEST).read_text())["sample"]
+    summary = json.loads((out / analyze.SUMMARY).read_text())
+    for name in ("images", "top1", "execution_rate", "macs_mean"):
+        assert summary["usage"][name] == pytest.approx(tested[name], rel=1e-12)
+    assert len(list(out.glob("*.png"))) == len(FIGURES)
+    capsys.readouterr()
+    analyze.main(["--resume", checkpoint, "--image", image])
+    printed = capsys.readouterr().out
+    assert "= always runs" in printed
+    assert printed.splitlines()[1].count("=") == 1 + 6  # of the legend, and the blocks at rate 1
+
+
+def test_figures_are_drawn_again_from_arrays_alone(analyzed, tmp_path, capsys):
+    for path in analyzed.glob("*.npz"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    analyze.main(["--redraw", "--out", str(tmp_path), "--format", "svg"])
+    assert {path.stem for path in tmp_path.glob("*.svg")} == set(FIGURES)
+    assert capsys.readouterr().out.strip().endswith(", ".join(FIGURES))
+
+
+@pytest.mark.parametrize(("classes", "blocks", "gates"), [(1000, 50, True), (2, 3, False), (1, 16, True)])
+def test_figures_of_any_number_of_classes_and_blocks(classes, blocks, gates):
+    random = np.random.default_rng(0)
+    names = np.array([f"class $ {index}_^" for index in range(classes)])
+    rates, gated = random.random((classes, blocks)), np.array([gates, *[True] * (blocks - 1)])
+    order, tree = measures.cluster(rates)
+    assert sorted(order) == list(range(classes))
+    executed, labels = random.integers(0, blocks + 1, 3000), random.integers(0, classes, 3000)
+    drawn = [
+        figures.rates(rates, order, tree, names, np.array([1, blocks - 1]), gated),
+        figures.usage(executed, 1e7 * (1.0 + executed), labels, names, np.array(blocks), np.array(1e7 * (blocks + 1))),
+        figures.similarity(random.random((classes, classes)), order, names, np.array(0.1), np.zeros(9), np.array(0.1)),
+    ]
+    for figure in drawn:
+        figure.savefig("/dev/null", format="png")
+
+
+def test_runs_are_told_apart_without_colours():
+    error = np.arange(12.0).reshape(3, 2, 2)
+    names, epsilons = np.array(["a", "b", "c"]), np.array([0, 0.1])
+    figure = figures.robustness(names, epsilons, error, error / 12, error / 12, np.array(75))
+    lines = figure.axes[0].get_lines()
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 6
+
+
+def test_the_contact_sheet_shows_the_cheapest_and_the_dearest():
+    gallery = measures.Gallery([0, 2], 2)
+    costs = torch.tensor([5.0, 1, 4, 2, 3, 9, 0, 7] * 4)
+    labels = torch.tensor([0] * 30 + [2, 1])
+    pixels = torch.arange(32).view(32, 1, 1, 1).expand(32, 3, 2, 2)
+    for start in range(0, 32, 8):
+        part = slice(start, start + 8)
+        gallery.add(start, pixels[part], labels[part], costs[part])
+    found = gallery.arrays()
+    assert found["gallery_numbers"].tolist() == [[6, 14, 21, 29], [30, -1, -1, -1]]
+    assert found["gallery_pixels"][:, :, 0, 0, 0].tolist() == [[6, 14, 21, 29], [30, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------------------- bad input
+
+
+def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
+    before, call = contents(analyzed), ["--resume", runs / "aig" / utils.CHECKPOINT, "--out", analyzed]
+    status, _, err = run(analyze.main, *call, "--only", "usage")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "--overwrite" in err
+    assert contents(analyzed) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--out"),
+        (["--out", "OUT"], "--resume"),
+        (["--out", "OUT", "--resume", "missing.pth.tar"], "no checkpoint at"),
+        (["--out", "OUT", "--resume", "AIG", "--gate-mode", "all"], "use argmax or sample"),
+        (["--out", "OUT", "--resume", "AIG", "--epsilons", "4/0"], "4/255"),
+        (["--out", "OUT", "--resume", "AIG", "--epsilons", "2"], "at most 1"),
+        (["--out", "OUT", "--resume", "AIG", "--thresholds", "1"], "below 1"),
+        (["--out", "OUT", "--resume", "AIG", "--only", "poetry"], "invalid choice"),
+        (["--out", "OUT", "--resume", "AIG", "--permutations", "0"], "at least 1"),
+        (["--out", "OUT", "--resume", "AIG", "--no-such-flag"], "unrecognized"),
+        (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
+        (["--out", "OUT", "--resume", "AIG", "--compare", "nowhere"], "nowhere"),
+        (["--out", "OUT", "--resume", "PLAIN"], "without gates"),
+        (["--out", "FILE", "--resume", "AIG"], "--out"),
+        (["--resume", "AIG", "--image", "FILE"], "cannot read the image"),
+        (["--resume", "AIG", "--image", "nowhere.png"], "cannot read the image"),
+        (["--redraw", "--out", "OUT"], "no arrays"),
+        (["--redraw", "--out", "BROKEN"], "cannot be drawn"),
+        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "alone"),
+    ],
+)
+def test_bad_input_gets_one_line(run, runs, tmp_path, flags, message):
+    (tmp_path / "file").write_text("text")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "rates.npz").write_bytes(b"PK\3\4 no archive")
+    places = {"OUT": tmp_path / "out", "AIG": runs / "aig" / utils.CHECKPOINT, "FILE": tmp_path / "file",
+              "PLAIN": runs / "plain" / utils.CHECKPOINT, "BROKEN": tmp_path / "broken"}
+    status, _, err = run(analyze.main, *(places.get(flag, flag) for flag in flags))
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_on_other_classes_cannot_be_compared(run, runs, tmp_path):
+    state = torch.load(runs / "plain" / utils.CHECKPOINT, weights_only=True)
+    state["args"] = {**state["args"], "classes": [f"x{k}" for k in range(10)]}
+    utils.save_checkpoint({**state, "is_best": False}, tmp_path)
+    call = ["--resume", runs / "aig" / utils.CHECKPOINT, "--out", tmp_path / "out", "--compare", tmp_path]
+    status, _, err = run(analyze.main, *call, "--only", "curve")
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "classes" in err
