@@ -131,6 +131,8 @@ def open_network(path: str, rest: Sequence[str]) -> tuple[ModuleType, argparse.N
     args, checkpoint = script.parse(["--test", f"--resume={path}", *rest])
     if args.gate_mode not in ("argmax", "sample"):
         raise InputError(f"--gate-mode {args.gate_mode} has no graphs to look at: use argmax or sample")
+    if args.reestimate_bn:
+        raise InputError("--reestimate-bn is for --test alone: leave it out")
     return script, args, checkpoint
 
 

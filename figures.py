@@ -123,7 +123,10 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     (by_blocks, by_macs), (strips, boxes) = grid
     share = np.bincount(executed, minlength=blocks + 1) / len(executed)
     by_blocks.bar(range(blocks + 1), share, 0.9, color=COLOURS[0])
-    by_macs.hist(macs / unit, 40, weights=np.full(len(macs), 1 / len(macs)), color=COLOURS[0])
+    by_macs.hist(macs / unit, 40, weights=np.full(len(macs), 1 / len(macs)), color=COLOURS[0],
+                 edgecolor=COLOURS[0])
+    by_blocks.set_xlabel(f"blocks run, of {blocks}")
+    by_macs.set_xlabel(f"{name} of an image")
     for axes, mean, form in ((by_blocks, executed.mean(), ".2f"), (by_macs, macs.mean() / unit, ".4g")):
         axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:{form}}")
         axes.legend(frameon=False)

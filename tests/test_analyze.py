@@ -391,6 +391,8 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--out", "OUT", "--resume", "AIG", "--only", "poetry"], "invalid choice"),
         (["--out", "OUT", "--resume", "AIG", "--permutations", "0"], "at least 1"),
         (["--out", "OUT", "--resume", "AIG", "--no-such-flag"], "unrecognized"),
+        (["--out", "OUT", "--resume", "AIG", "--reestimate-bn"], "leave it out"),
+        (["--out", "OUT", "--resume", "AIG", "--visdom"], "--visdom"),
         (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
         (["--out", "OUT", "--resume", "AIG", "--compare", "nowhere"], "nowhere"),
         (["--out", "OUT", "--resume", "PLAIN"], "without gates"),
