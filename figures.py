@@ -276,8 +276,8 @@ def similarity(agreement: np.ndarray, order: np.ndarray, classes: np.ndarray, ex
                     fontsize=8 if len(order) <= SHOWN else 4, parse_math=False)
     figure.colorbar(image, label="gates that decide alike")
     # with an edge, because their range can be too narrow to be seen
-    chance.hist(shuffled, 40, color="grey", edgecolor="grey", label=f"shuffled labels: {shuffled.mean():.4f} ± "
-                f"{shuffled.std():.4f} in {len(shuffled)} trials")
+    chance.hist(shuffled, 40, color="grey", edgecolor="grey",
+                label=f"labels shuffled {len(shuffled)} times: std {shuffled.std():.1g}")
     chance.axvline(excess, color=COLOURS[1], label=f"these labels: {excess:.4f}, p = {p:.3g}")
     chance.set_xlabel("agreement within classes - between classes")
     chance.set_yticks([])

@@ -369,7 +369,7 @@ millions, mean over the images; the paper's way: the dense net's count times the
 paper's CIFAR FLOPs).
 
 The best epoch is chosen on the test images, here in mode `argmax`: "best minus last" is how much that flatters.
-Seconds: median of a whole training; two at a time shared the machine.
+Seconds: median of a whole training; two at a time, and now and then other work, shared the machine.
 
 {table("arm | parameters | error, best epoch, % | best minus last, points | seconds", choices)}"""
 
