@@ -15,8 +15,6 @@ import csv
 import io
 import math
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -44,9 +42,15 @@ from convnet_aig import AdaptiveResNet
 from utils import InputError, derive_seed
 
 SUMMARY = "summary.json"
+FORMATS = ("png", "pdf", "svg")
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EPSILONS = [Fraction(steps, 255) for steps in (0, 1, 2, 4, 8, 16)]
 GALLERY_CLASSES, GALLERY_IMAGES = 10, 4  # of the contact sheet: rows, and images on either side
+USED_FLAGS = {  # of the scripts
+    *("data", "dataset", "image_size", "workers", "batch_size", "test_size", "depth", "arch", "target", "target_rates"),
+    *("gate_mode", "threshold", "gate_samples", "lossfact", "dense", "seed"),
+    *("device", "no_cuda", "deterministic", "channels_last", "tf32"),
+}
 GUESSES = 5  # classes that are printed for an image
 
 
@@ -56,8 +60,8 @@ GUESSES = 5  # classes that are printed for an image
 def epsilon(text: str) -> Fraction:
     """An argparse type: a number such as 0.01 or 4/255, in [0, 1]."""
     try:
-        value = Fraction(text)
-    except (ValueError, ZeroDivisionError):
+        value = Fraction(text) if "/" in text else Fraction(float(text))
+    except (ValueError, OverflowError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.01 or 4/255") from None
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 0 and at most 1")
@@ -87,7 +91,7 @@ def make_parser() -> cli.Parser:
     parser.add_argument("--permutations", type=positive, default=999, help="of the labels, for the similarity's chance")
     parser.add_argument("--redraw", action="store_true", help="draw the figures in --out again, from their arrays")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier analysis left in --out")
-    parser.add_argument("--format", default="png", choices=("png", "pdf", "svg"), help="of the figures")
+    parser.add_argument("--format", default="png", choices=FORMATS, help="of the figures")
     return parser
 
 
@@ -110,6 +114,11 @@ class Subject:
     def gated(self) -> np.ndarray:
         return np.array([block.gated for block in self.model.blocks()])
 
+    @property
+    def first_seed(self) -> int:
+        """Of the seeds over which --test takes the mean in gate mode "sample": single images have one graph."""
+        return derive_seed(self.args.seed, "test", 0)
+
     def settings(self) -> dict[str, Any]:
         """What `engine.test` takes, as --test gives it."""
         rates = {"target_rates": self.model.target_rates, "lossfact": self.args.lossfact, "topk": (1,)}
@@ -117,23 +126,30 @@ class Subject:
 
 
 def script_of(path: str) -> ModuleType:
-    """The script that trained a checkpoint. Raises InputError if it does not record that."""
-    own = cli.recorded(utils.load_checkpoint(path))
-    for script, flag in ((train, "depth"), (train_img, "arch")):
-        if flag in own:
-            return script
-    raise InputError(f"{path} does not record how it was trained: analyze.py needs a checkpoint of this program")
+    """The script that trains such networks as in a checkpoint. Raises InputError if it cannot be used."""
+    checkpoint = utils.load_checkpoint(path)
+    photographs = any(".conv3." in key for key in checkpoint["state_dict"])  # of a bottleneck
+    return train_img if "arch" in cli.recorded(checkpoint) or photographs else train
 
 
 def open_network(path: str, rest: Sequence[str]) -> tuple[ModuleType, argparse.Namespace, dict]:
     """The script, the flags and the checkpoint of a network; `rest` are the script's flags of this call."""
     script = script_of(path)
+    check_flags(script.make_parser(), rest)
     args, checkpoint = script.parse(["--test", f"--resume={path}", *rest])
     if args.gate_mode not in ("argmax", "sample"):
         raise InputError(f"--gate-mode {args.gate_mode} has no graphs to look at: use argmax or sample")
-    if args.reestimate_bn:
-        raise InputError("--reestimate-bn is for --test alone: leave it out")
     return script, args, checkpoint
+
+
+def check_flags(parser: cli.Parser, rest: Sequence[str]) -> None:
+    """Raises InputError for flags of a script that have no meaning here."""
+    parser.allow_abbrev, unset = False, object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    given = vars(parser.parse_args(rest, argparse.Namespace(**dict.fromkeys(names, unset))))
+    for name, value in given.items():
+        if value is not unset and value is not None and name not in USED_FLAGS:
+            raise InputError(f"--{name.replace('_', '-')} means nothing to analyze.py: leave it out")
 
 
 def load_subject(path: str, rest: Sequence[str], name: str = "") -> Subject:
@@ -179,24 +195,24 @@ class Analysis:
     def __init__(self, subject: Subject, others: Callable[[], Iterable[Subject]], args: argparse.Namespace) -> None:
         self.subject, self.others, self.args = subject, others, args
         self.graphs: measures.Arrays = {}
-        classes = subject.loader.classes
-        shown = np.unique(np.linspace(0, len(classes) - 1, GALLERY_CLASSES).round().astype(int)).tolist()
-        self.gallery = measures.Gallery(shown, GALLERY_IMAGES)
+        self.compared: dict[str, dict[str, Any]] = {}  # the origin of the others
+        present = subject.loader.labels.unique().tolist()
+        spread = np.unique(np.linspace(0, len(present) - 1, GALLERY_CLASSES).round().astype(int))
+        self.gallery = measures.Gallery([present[index] for index in spread], GALLERY_IMAGES)
 
     def classify(self) -> measures.Arrays:
         """The graphs of all images, see `measures.inference_graphs`, and the names of the `classes` with images."""
         if not self.graphs:
             s = self.subject
             network = s.model if s.args.dense else engine.accelerate(s.model, s.loader)
-            seed = derive_seed(s.args.seed, "test", 0)  # as --test
-            found = measures.inference_graphs(network, s.loader, s.cost, s.pixels, self.gallery, seed)
+            found = measures.inference_graphs(network, s.loader, s.cost, s.pixels, self.gallery, s.first_seed)
             present, found["labels"] = np.unique(found["labels"], return_inverse=True)
             self.present = present
             self.graphs = {**found, "classes": np.array(s.loader.classes)[present]}
         return self.graphs
 
     def headline(self) -> dict[str, Any]:
-        """The numbers that --test reports, from the graphs of the images."""
+        """What --test reports (in gate mode "sample": for the first of its seeds), from the graphs of the images."""
         found = self.classify()
         hits = self.present[found["labels"]] == found["predicted"]
         return {
@@ -226,7 +242,8 @@ class Analysis:
         block = int(np.flatnonzero(self.subject.gated)[spread.argmax()])
         least, most = (found["classes"][index] for index in (rates[:, block].argmin(), rates[:, block].argmax()))
         numbers = {**self.headline(), "gates": found["opened"].mean(0).tolist()}
-        line = (f"rates: the gate that differs most between classes is that of block {block + 1}: "
+        line = "rates: every gate does the same for all classes" if not spread.max() else (
+                f"rates: the gate that differs most between classes is that of block {block + 1}: "
                 f"{least} {rates[:, block].min():.3f}, {most} {rates[:, block].max():.3f}")
         return Part({"rates": arrays}, {"rates": [header, *rows]}, numbers, [line])
 
@@ -248,7 +265,7 @@ class Analysis:
         names = self.subject.loader.classes
         each = zip(self.present[labels], found["predicted"], executed, macs, found["opened"].astype(int), strict=True)
         images = [["number", "class", "predicted", "blocks", "macs", "graph"]]
-        images += [[number, names[label], names[guess], run, f"{cost:.0f}", "".join(map(str, graph))]
+        images += [[number, names[label], names[guess], run, f"{cost:.0f}", "".join(".#"[is_open] for is_open in graph)]
                    for number, (label, guess, run, cost, graph) in enumerate(each)]
         extremes = self.extremes(executed)
         hits = self.present[labels] == found["predicted"]
@@ -272,19 +289,23 @@ class Analysis:
 
     def curve(self) -> Part:
         """Error over computation, by threshold and gate mode, other runs beside it."""
-        points = [("argmax", threshold) for threshold in sorted({*self.args.thresholds, 0.5})]
+        thresholds = sorted({*self.args.thresholds, self.subject.args.threshold})
+        points = [("argmax", threshold) for threshold in thresholds]
         points += [(mode, 0.5) for mode in ("sample", "expected", "all")]
-        found = []
+        found, marked = [], []
         for subject in (self.subject, *self.others()):
             first = subject is self.subject
-            chosen = points if first else [("argmax", 0.5), ("sample", 0.5)][: 2 if subject.model.num_gates else 1]
+            usual = [("argmax", subject.args.threshold), ("sample", 0.5)][: 2 if subject.model.num_gates else 1]
+            chosen = points if first else usual
             measured = measures.operating_points(subject.model, subject.loader, chosen, **subject.settings())
+            marked += [point["mode"] != "argmax" or point["threshold"] == subject.args.threshold for point in measured]
             found += [{"run": subject.name, **point} for point in measured]
         arrays = {name: np.array([point[name] for point in found])
                   for name in ("run", "mode", "threshold", "error", "macs_mean")}
+        arrays["usual"] = np.array(marked)
         lines = [f"curve: {point['run']}, {point['mode']}: error {point['error']:.2f} % at "
                  f"{point['macs_fraction']:.3f} of the multiply-accumulates"
-                 for point in found if point["mode"] != "argmax" or point["threshold"] == 0.5]
+                 for point, mark in zip(found, marked, strict=True) if mark]
         return Part({"curve": arrays}, {"curve": [list(found[0]), *(list(p.values()) for p in found)]},
                     {"points": found}, lines)
 
@@ -294,7 +315,7 @@ class Analysis:
         names, results = [], []
         for subject in (self.subject, *self.others()):
             s = subject
-            how = (epsilons, self.args.jpeg_quality, s.cost, s.args.seed)
+            how = (epsilons, self.args.jpeg_quality, s.cost, s.first_seed)
             results.append(measures.robustness(s.model, s.loader, s.pixels, *how))
             names.append(s.name)
         arrays = {name: np.stack([result[name] for result in results]) for name in results[0]}
@@ -317,8 +338,6 @@ class Analysis:
         """Agreement of graphs within and between classes."""
         found, (_, order, _) = self.classify(), self.clusters()
         opened, classes = found["opened"][:, self.subject.gated], found["classes"]
-        if len(classes) < 2:
-            raise InputError("similarity compares classes, and the images are of one: leave it out with --only")
         how = (self.args.permutations, self.subject.args.seed)
         result = measures.similarity(opened, found["labels"], len(classes), *how)
         rows = [["class", *classes[order]], *([classes[k], *result["agreement"][k, order]] for k in order)]
@@ -345,12 +364,14 @@ FILES = {"usage": ("usage", "extremes", "images")}  # what a part writes, if not
 
 def analyze(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Computes the parts asked for, and writes each as soon as it is there."""
+    utils.read_json(args.out / SUMMARY)  # what is wrong is better known before the work than after it
     subject = load_subject(args.resume, rest)
     if not subject.model.num_gates:
         raise InputError(f"{args.resume} is a net without gates: analyze one with gates, and --compare this one")
     compared = [checkpoint_in(run) for run in args.compare]
     for path in compared:
-        open_network(path, rest)  # what is wrong with it is better known now
+        *_, checkpoint = open_network(path, rest)
+        data.same_classes(subject.loader.classes, cli.recorded(checkpoint).get("classes", subject.loader.classes), path)
     names = unique([subject.name, *(Path(path).resolve().parent.name for path in compared)])
     subject.name = names[0]
 
@@ -358,16 +379,23 @@ def analyze(args: argparse.Namespace, rest: Sequence[str]) -> None:
         """One after the other: their images need not be in memory together."""
         for path, name in zip(compared, names[1:], strict=True):
             other = load_subject(path, rest, name)
-            data.same_classes(subject.loader.classes, other.loader.classes, path)
+            if not torch.equal(other.loader.labels, subject.loader.labels):
+                raise InputError(f"{path} is tested on other images than {args.resume}: give the data of both")
+            analysis.compared[name] = provenance(other)
             yield other
 
     analysis = Analysis(subject, others, args)
-    make_folder(args.out)
-    for name in args.only:
+    utils.make_folder(args.out, "--out")
+    counts = subject.loader.labels.unique(return_counts=True)[1]
+    pairs = len(counts) > 1 and counts.max() > 1
+    parts = [name for name in dict.fromkeys(args.only) if pairs or name != "similarity"]
+    if not pairs and "similarity" in args.only:
+        print("similarity is left out: it needs two classes, and two images of one of them")
+    for name in parts:
         part = PARTS[name](analysis)
-        keep(args.out, name, part, {**provenance(subject), "compared": compared}, args.format)
+        keep(args.out, name, part, {**provenance(subject), "compared": analysis.compared}, args.format)
         print("\n".join(part.lines), flush=True)
-    print(f"written to {args.out}: {', '.join(args.only)}, and {SUMMARY}")
+    print(f"written to {args.out}: {', '.join([*parts, SUMMARY])}")
 
 
 def unique(names: Sequence[str]) -> list[str]:
@@ -420,7 +448,7 @@ def show_images(args: argparse.Namespace, rest: Sequence[str]) -> None:
         arrays = {"pixels": seen.permute(0, 2, 3, 1).numpy(), "files": np.array(names), "guesses": np.array(best),
                   "opened": opened.numpy(), "gated": np.array(gated), "stages": np.array(model.stages),
                   "macs": macs.numpy(), "dense": np.array(cost.dense)}
-        make_folder(args.out)
+        utils.make_folder(args.out, "--out")
         draw(args.out, "graphs", arrays, args.format)
         print(f"written to {args.out}: graphs")
 
@@ -457,14 +485,6 @@ def describe_graph(
 # ---------------------------------------------------------------------------------------------- files
 
 
-def make_folder(folder: Path) -> None:
-    """Makes --out. Raises InputError if that is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make --out {folder}: {error.strerror}") from error
-
-
 def check_vacant(folder: Path, parts: Iterable[str]) -> None:
     """Raises InputError if --out holds files of these parts already."""
     for name in (file for part in parts for file in FILES.get(part, (part,))):
@@ -487,6 +507,8 @@ def keep(folder: Path, name: str, part: Part, origin: dict[str, Any], form: str)
 
 def draw(folder: Path, name: str, arrays: measures.Arrays, form: str) -> None:
     """Keeps arrays as NAME.npz and draws their figure."""
+    for other in FORMATS:  # of an earlier analysis
+        (folder / f"{name}.{other}").unlink(missing_ok=True)
     with utils.atomic_write(folder / f"{name}.npz") as file:
         np.savez_compressed(file, **arrays)
     render(folder, name, form)
@@ -501,7 +523,7 @@ def render(folder: Path, name: str, form: str) -> None:
         image = io.BytesIO()
         with matplotlib.rc_context(figures.STYLE):
             function(**arrays).savefig(image, format=form)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise InputError(f"{folder / name}.npz cannot be drawn ({error})") from error
     with utils.atomic_write(folder / f"{name}.{form}") as file:
         file.write(image.getvalue())
@@ -524,10 +546,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.out and (args.redraw or not args.image):
         raise InputError("say where figures and tables go: --out DIR")
     if args.redraw:
-        if rest or args.resume:
-            raise InputError(f"--redraw needs --out alone: leave out {' '.join([*rest, '--resume'][:1])}")
+        if rest or args.resume or args.image or args.compare:
+            raise InputError("--redraw draws what is in --out: leave out all else but --format")
         redraw(args.out, args.format)
         return
+    if args.image and args.compare:
+        raise InputError("--image shows one network: leave out --compare")
     if not args.resume:
         raise InputError("name the checkpoint: --resume runs/NAME/model_best.pth.tar")
     if args.out and not args.overwrite:

@@ -366,6 +366,9 @@ def run_test(
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     print(describe(result, args.gate_mode, recipe.target_rates))
+    if args.test_size:
+        print(f"not written to {path}, which is about all images")
+        return
     if processes.world().leads:
         utils.write_json(path, {**earlier, name: result})
     print(f"written to {path}")
@@ -466,7 +469,7 @@ def occupied(
         yield
         return
     with utils.without_empty_folders(folder):
-        utils.make_run_folder(folder)
+        utils.make_folder(folder)
         with utils.locked(folder):
             utils.clear_temporaries(folder)
             if not recorded(checkpoint):
@@ -784,7 +787,7 @@ def outcome(script: Callable[[], None], name: str, failures: processes.Failures)
     except Interrupted as stop:
         line, status = f"{name}: {stop}", 128 + stop.number
     except KeyboardInterrupt:
-        line, status = f"{name}: interrupted; the epochs finished before are saved", 130
+        line, status = f"{name}: interrupted; what was finished before is saved", 130
     except Exception:
         if failures.first():
             raise

@@ -278,7 +278,8 @@ class AdaptiveResNet(nn.Module):
             noise: (num_gates, N, 2) Gumbel noise to sample with, as `draw_noise` draws it; drawn here if None.
 
         Returns:
-            logits (N, K) and, per block, the multiplier z (N,) that was applied to its branch.
+            logits (N, K) and, per block, the multiplier z (N,) that was applied to its branch; both with a gradient,
+            also in eval mode, unless inside of `torch.no_grad()`.
         """
         mode = "sample" if self.training else check_gate_mode(self.gate_mode)
         if mode == "sample" and noise is None:  # of all gates in one draw: a few kernels instead of a few per gate

@@ -395,6 +395,7 @@ class PhotoLoader:
             source.samples = [source.samples[index] for index in chosen(len(source), count, "--test-size").tolist()]
         self.classes, self.device, self.size = source.classes, torch.device(device), (size, size)
         self.batch_size, self.world = batch_size, world
+        self.labels = torch.tensor([label for _, label in source.samples])
         self.sampler = Batches(len(source), batch_size, seed, shuffle=augment, world=world)
         self.dropped = self.sampler.dropped
         self.num_images = len(source) - self.dropped

@@ -37,10 +37,12 @@ MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kep
 class Loader(Protocol):
     """What `data` offers: `num_images` images of `classes`, in `len` batches; `dropped` images are left out.
 
-    `size` is the height and width of an image. `batches` yields this process's share of each batch of the `world`.
+    `labels` are those of all images, before shuffling; `size` is the height and width of an image. `batches` yields
+    this process's share of each batch of the `world`.
     """
 
     classes: list[str]
+    labels: Tensor
     num_images: int
     dropped: int
     size: tuple[int, int]

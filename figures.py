@@ -25,6 +25,7 @@ from dashboard import HUES, rgb
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
 WIDTH = 6.9  # inches, of a page with two columns
 SHOWN = 30  # rows of names that can be read
+DRAWN_TREE = 200  # classes; scipy's drawing of larger trees can recurse too deep
 COLOURS = [rgb(hue) for hue in HUES]
 MARKERS = "osD^vPX*"
 MAP = "cividis"
@@ -52,7 +53,7 @@ def apart(places: np.ndarray, least: float) -> list[int]:
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
     """Names beside the rows 0, 1, ..., where they can be read."""
-    if len(names) <= 3 * SHOWN:
+    if len(names) <= 130:
         axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=8 if len(names) <= SHOWN else 4)
     else:
         axes.set_yticks([])
@@ -83,7 +84,7 @@ def rates(rates: np.ndarray, order: np.ndarray, tree: np.ndarray, classes: np.nd
     figure = Figure((min(14, max(WIDTH, 2 + 0.17 * blocks)), min(10, 1.2 + 0.2 * count)), layout="constrained")
     left, axes = figure.subplots(1, 2, width_ratios=(1, 9))
     left.axis("off")
-    if len(tree):
+    if 0 < len(tree) < DRAWN_TREE and tree[-1, 2] > 0:  # scipy draws no tree whose leaves are all alike
         drawn = dendrogram(tree, orientation="left", ax=left, no_labels=True, color_threshold=0,
                            above_threshold_color="black")
         order = np.array(drawn["leaves"])
@@ -119,14 +120,12 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
         means = np.bincount(labels, executed, len(classes)) / counts
     order = ends(np.argsort(means)[: np.sum(counts > 0)])
     figure = Figure((WIDTH, 2.2 + max(1.5, 0.19 * len(order))), layout="constrained")
-    grid = figure.subplots(2, 2, height_ratios=(2, max(1.5, 0.19 * len(order))))
+    grid = figure.subplots(2, 2, sharex="col", height_ratios=(2, max(1.5, 0.19 * len(order))))
     (by_blocks, by_macs), (strips, boxes) = grid
     share = np.bincount(executed, minlength=blocks + 1) / len(executed)
     by_blocks.bar(range(blocks + 1), share, 0.9, color=COLOURS[0])
     by_macs.hist(macs / unit, 40, weights=np.full(len(macs), 1 / len(macs)), color=COLOURS[0],
                  edgecolor=COLOURS[0])
-    by_blocks.set_xlabel(f"blocks run, of {blocks}")
-    by_macs.set_xlabel(f"{name} of an image")
     for axes, mean, form in ((by_blocks, executed.mean(), ".2f"), (by_macs, macs.mean() / unit, ".4g")):
         axes.axvline(mean, color="black", linestyle="--", label=f"mean {mean:{form}}")
         axes.legend(frameon=False)
@@ -139,9 +138,8 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     strips.imshow(shares, "Greys", vmin=0, aspect="auto", interpolation="nearest")
     strips.plot(means[order], range(len(order)), "D", color=COLOURS[1], markersize=4, label="mean")
     least = max(0, int(executed.min()) - 1)
-    for axes in (strips, by_blocks):
-        axes.set_xlim(least - 0.5, blocks + 0.5)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    strips.set_xlim(least - 0.5, blocks + 0.5)
+    strips.xaxis.set_major_locator(MaxNLocator(integer=True))
     name_rows(strips, classes[order])
     strips.set_xlabel(f"blocks run, of {blocks}")
     places = [macs[labels == index] / unit for index in order]
@@ -151,8 +149,9 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     boxes.set_yticks([])
     boxes.set_xlabel(f"{name} of an image")
     boxes.set_title("box: half of the images; whiskers: 90 %")
-    shown = f"; {SHOWN // 2} classes at either end" if len(order) < len(classes) else ""
-    strips.set_title(f"shade: part of the class's images; diamond: mean{shown}")
+    strips.set_title("shade: part of the images; diamond: mean")
+    if len(order) < len(classes):
+        strips.set_ylabel(f"{SHOWN // 2} classes at either end")
     return figure
 
 
@@ -181,43 +180,41 @@ def extremes(pixels: np.ndarray, names: np.ndarray, executed: np.ndarray, wrong:
                 axes.imshow(pixels[row, column], interpolation="nearest")
                 mistake = f" ({wrong[row, column][:11]})" if wrong[row, column] else ""
                 axes.set_title(f"{executed[row, column]}{mistake}", fontsize=6, pad=1.5, parse_math=False)
-    figure.suptitle("fewest multiply-accumulates (left) and most (right); above each image: blocks run "
-                    "(and the class it was mistaken for)", fontsize=8)
+    figure.suptitle("fewest multiply-accumulates (left) and most (right); equal ones in the order of the files\n"
+                    "above each image: blocks run (and the class it was mistaken for)", fontsize=7)
     return figure
 
 
-def curve(run: np.ndarray, mode: np.ndarray, threshold: np.ndarray, error: np.ndarray, macs_mean: np.ndarray) -> Figure:
+def curve(run: np.ndarray, mode: np.ndarray, threshold: np.ndarray, usual: np.ndarray, error: np.ndarray,
+          macs_mean: np.ndarray) -> Figure:
     """Error over computation, as the paper's figure 3: a curve for the thresholds of the first run, marks for others.
 
     Args:
-        run, mode, threshold, error, macs_mean: one value for each point; NaN for the threshold of other modes than
-            argmax; error in percent.
+        run, mode, threshold, usual, error, macs_mean: one value for each point; NaN for the threshold of other modes
+            than argmax; `usual` tells points to be marked from those of the sweep; error in percent.
     """
     figure = Figure((WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     unit, name = giga(macs_mean)
-    runs = list(dict.fromkeys(run.tolist()))
-    styles = dict(zip(runs, cycle(zip(COLOURS, ("-", "--", "-.", ":", "-", "--"), strict=True)), strict=False))
-    for each, (colour, dash) in styles.items():
-        swept = np.flatnonzero((run == each) & (mode == "argmax"))
-        swept = swept[np.argsort(macs_mean[swept])]
-        if len(swept) > 1:
-            axes.plot(macs_mean[swept] / unit, error[swept], dash, color=colour, marker=".", markersize=4)
-            for point in apart(macs_mean[swept], 0.05):
-                place = macs_mean[swept[point]] / unit, error[swept[point]]
-                axes.annotate(f"{threshold[swept[point]]:g}", place, (3, 4), textcoords="offset points", fontsize=6)
-        for point in np.flatnonzero(run == each):
-            if mode[point] != "argmax" or threshold[point] == 0.5 or len(swept) == 1:
-                axes.plot(macs_mean[point] / unit, error[point], MODES[mode[point]], color=colour, markersize=6,
-                          markerfacecolor=colour if each == runs[0] else "white", linestyle="none")
+    first, *others = dict.fromkeys(run.tolist())
+    swept = np.flatnonzero((run == first) & (mode == "argmax"))
+    swept = swept[np.argsort(macs_mean[swept])]
+    axes.plot(macs_mean[swept] / unit, error[swept], "-", color=COLOURS[0], marker=".", markersize=4)
+    for point in apart(macs_mean[swept], 0.05):
+        place = macs_mean[swept[point]] / unit, error[swept[point]]
+        axes.annotate(f"{threshold[swept[point]]:g}", place, (3, 4), textcoords="offset points", fontsize=6)
+    for each, colour in zip((first, *others), cycle(COLOURS), strict=False):
+        for point in np.flatnonzero((run == each) & usual):
+            filled = each == first and mode[point] in ("argmax", "sample")
+            place = macs_mean[point] / unit, error[point]
+            axes.plot(*place, MODES[mode[point]], color=colour, markersize=7 if filled else 9,
+                      markerfacecolor=colour if filled else "none")
+            if each != first:
+                axes.annotate(each, place, (-7, 0), textcoords="offset points", ha="right", va="center", fontsize=7)
     modes = [other for other in MODES if other in set(mode.tolist())]
-    marks = [Line2D([], [], marker=MODES[other], color="grey", linestyle="none", label=other) for other in modes]
-    lines = [
-        Line2D([], [], color=colour, linestyle=dash, marker="o", markerfacecolor=colour if each == runs[0] else "white",
-               label=each)
-        for each, (colour, dash) in styles.items()
-    ]
-    figure.legend(handles=[*lines, *marks], loc="outside upper center", ncols=4, frameon=False)
+    handles = [Line2D([], [], color=COLOURS[0], label=f"{first}, argmax by threshold")]
+    handles += [Line2D([], [], marker=MODES[other], color="grey", linestyle="none", label=other) for other in modes]
+    figure.legend(handles=handles, loc="outside upper center", ncols=5, frameon=False)
     axes.set_xlabel(f"{name} an image (numbers at the curve: thresholds of P(open))")
     axes.set_ylabel("top-1 error, %")
     axes.grid(alpha=0.3)

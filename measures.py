@@ -24,6 +24,7 @@ from convnet_aig import AdaptiveResNet, draw_noise
 from utils import derive_seed, progress_bar
 
 Arrays = dict[str, np.ndarray]
+GRADIENT_PIXELS = 1 << 19  # of images whose gradient is taken together: 10 photographs, about 1 GiB for ResNet-50
 
 
 # ---------------------------------------------------------------------------------------------- pixels
@@ -251,10 +252,15 @@ def gradient_sign(model: AdaptiveResNet, normalised: Tensor, labels: Tensor, noi
     Through hard gates it is the straight-through one, see `AdaptiveResNet`: an attack that sees through them.
     Normalising does not change signs, so this is the sign for pixels, too.
     """
-    images = normalised.detach().clone().requires_grad_()
-    logits, _ = model(images, noise=noise)
-    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, labels, reduction="sum"), images)
-    return gradient.sign()
+    size = max(1, GRADIENT_PIXELS // (normalised.shape[2] * normalised.shape[3]))
+    noises = [None] * len(labels.split(size)) if noise is None else noise.split(size, dim=1)
+    signs = []
+    for images, target, part in zip(normalised.split(size), labels.split(size), noises, strict=True):
+        images = images.detach().clone().requires_grad_()
+        logits, _ = model(images, noise=part)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), images)
+        signs.append(gradient.sign())
+    return torch.cat(signs)
 
 
 def fgsm(pixels: Tensor, sign: Tensor, epsilon: float) -> Tensor:
@@ -286,7 +292,8 @@ def robustness(
 ) -> Arrays:
     """Accuracy under FGSM, without and with JPEG compression of the attacked images, and what becomes of the graphs.
 
-    The attack takes the gradient in the model's own gate mode; in "sample" with the noise of the evaluation.
+    The attack takes the gradient in the model's own gate mode; in "sample" with the noise of the evaluation, that of
+    `engine.predictions` for this seed.
 
     Returns:
         Arrays (2, E), without and with compression: error in percent; execution_rate; macs_mean; gates_changed, the
@@ -297,7 +304,7 @@ def robustness(
     gated = torch.tensor([block.gated for block in model.blocks()])
     names = ("wrong", "executed", "macs", "gates_changed", "images_changed")
     sums = {name: np.zeros((2, len(epsilons))) for name in names}
-    torch.manual_seed(derive_seed(seed, "attack"))
+    torch.manual_seed(seed)
     for images, labels in progress_bar(loader.batches(), "attacking", len(loader), "batch"):
         noise = draw_noise(model.num_gates, len(images), images) if model.gate_mode == "sample" else None
         original = pixels.of(images)

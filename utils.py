@@ -329,14 +329,14 @@ def check_vacant(folder: Path, overwrite: bool) -> None:
         raise InputError(f"{folder} already holds a run: {how}")
 
 
-def make_run_folder(folder: Path) -> None:
+def make_folder(folder: Path, what: str = "the run folder") -> None:
     """Makes the folder if it is missing. Raises InputError if that, or writing into it, is not possible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from error
+        raise InputError(f"cannot make {what} {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write into the run folder {folder}")
+        raise InputError(f"cannot write into {what} {folder}")
 
 
 def clear_run_folder(folder: Path) -> None:

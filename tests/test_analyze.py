@@ -14,6 +14,7 @@ import analyze
 import convnet_aig
 import data
 import figures
+import inference
 import measures
 import train
 import train_img
@@ -102,8 +103,8 @@ def test_tables_agree_with_each_other(analyzed):
     assert len(images) == 360
     hits = [row["class"] == row["predicted"] for row in images]
     assert 100 * np.mean(hits) == pytest.approx(summary["usage"]["top1"])
-    assert all(row["graph"].count("1") == int(row["blocks"]) for row in images)
-    rates = np.mean([[int(mark) for mark in row["graph"]] for row in images], axis=0)
+    assert all(row["graph"].count("#") == int(row["blocks"]) for row in images)
+    rates = np.mean([[mark == "#" for mark in row["graph"]] for row in images], axis=0)
     assert rates.tolist() == pytest.approx(summary["rates"]["gates"])
     rows = read_csv(analyzed / "robustness.csv")
     robust = {(row["run"], float(row["epsilon"]), row["jpeg_quality"]): row for row in rows}
@@ -121,18 +122,81 @@ def test_all_parts_leave_figure_table_and_arrays(analyzed):
         assert part["versions"]["torch"] == torch.__version__
 
 
-def test_a_part_of_the_images_is_the_same_part_in_test(runs, tmp_path):
-    best = runs / "aig" / utils.CHECKPOINT
-    analyze.main(["--resume", str(best), "--out", str(tmp_path), "--only", "rates", "--test-size", "50"])
-    args, checkpoint = train.parse(["--test", "--resume", str(best), "--test-size", "50"])
-    loader = train.load_data(args, checkpoint).val
-    found = json.loads((tmp_path / analyze.SUMMARY).read_text())["rates"]
-    assert found["images"] == loader.num_images == 50
-    whole = data.load_small_images("digits", "", train=False)
-    pixels = measures.Pixels([0] * 3, [1 / 255] * 3, torch.device("cpu"))
-    assert pixels.mean.sum() == 0
-    chosen = data.chosen(360, 50, "--test-size")
-    assert torch.equal(loader.labels, whole.labels[chosen])
+def test_a_part_of_the_images_is_the_same_part_in_test(runs, tmp_path, capsys):
+    best, part = str(runs / "aig" / utils.CHECKPOINT), ["--test-size", "50"]
+    before = (runs / "aig" / utils.TEST).read_bytes()
+    train.main(["--test", "--resume", best, *part])
+    printed = capsys.readouterr().out
+    analyze.main(["--resume", best, "--out", str(tmp_path), "--only", "usage", *part])
+    found = json.loads((tmp_path / analyze.SUMMARY).read_text())["usage"]
+    assert found["images"] == 50
+    assert f"{found['top1']:.2f} %" in printed
+    assert f"{found['macs_mean'] / 1e6:.2f}" in printed
+    assert (runs / "aig" / utils.TEST).read_bytes() == before  # which is about all images
+
+
+def test_tables_and_sheet_follow_from_the_graphs(runs, analyzed):
+    images = read_csv(analyzed / "images.csv")
+    opened = np.array([[mark == "#" for mark in row["graph"]] for row in images])
+    macs, labels = np.array([float(row["macs"]) for row in images]), np.array([int(row["class"]) for row in images])
+    right = np.array([row["class"] == row["predicted"] for row in images])
+    args, _ = train.parse(["--test", "--resume", str(runs / "aig" / utils.CHECKPOINT)])
+    cost = inference.macs(train.make_model(args, 10), 8)
+    assert macs == pytest.approx(cost.executed(torch.tensor(opened)).numpy())
+    summary = json.loads((analyzed / analyze.SUMMARY).read_text())["usage"]
+    found = [summary["macs_mean_right"], summary["macs_mean_wrong"]]
+    assert found == pytest.approx([macs[right].mean(), macs[~right].mean()])
+    for row in read_csv(analyzed / "usage.csv")[1:]:
+        chosen = labels == int(row["class"])
+        assert float(row["macs_0.05"]) == pytest.approx(np.quantile(macs[chosen], 0.05))
+        assert int(row["images_with_6_blocks"]) == (opened[chosen].sum(1) == 6).sum()
+    agreement = measures.agreement_of_classes(opened, labels, 10)
+    for row in read_csv(analyzed / "similarity.csv"):
+        for name in map(str, range(10)):
+            assert float(row[name]) == pytest.approx(agreement[int(row["class"]), int(name)])
+    with np.load(analyzed / "extremes.npz") as sheet:
+        for name, numbers, executed, wrong in zip(*(sheet[key] for key in ("names", "numbers", "executed", "wrong")),
+                                                  strict=True):
+            assert set(labels[numbers]) == {int(name)}
+            assert executed.tolist() == opened[numbers].sum(1).tolist()
+            assert wrong.tolist() == ["" if right[n] else images[n]["predicted"] for n in numbers]
+            assert macs[numbers[:4]].max() <= macs[labels == int(name)].max()
+            assert macs[numbers[0]] == macs[labels == int(name)].min()
+            assert macs[numbers[-1]] == macs[labels == int(name)].max()
+
+
+def test_the_origin_of_the_numbers_is_kept(analyzed):
+    curve = json.loads((analyzed / analyze.SUMMARY).read_text())["curve"]
+    assert (curve["epoch"], curve["threshold"], curve["seed"]) == (12, 0.5, 1)
+    assert curve["compared"]["plain"]["epoch"] == 1
+    assert curve["compared"]["plain"]["checkpoint"].endswith(utils.BEST)
+    plain = [row for row in read_csv(analyzed / "curve.csv") if row["run"] == "plain"]
+    assert [(row["mode"], float(row["threshold"])) for row in plain] == [("argmax", 0.5)]
+
+
+def test_few_images_of_many_classes(run, tmp_path):
+    random = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "test"), range(14)):
+        (tmp_path / "data" / split / f"c{name}").mkdir(parents=True)
+        for number in range(2):
+            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / f"c{name}" / f"{number}.png")
+    train.main(["--dataset", "folder", "--data", str(tmp_path / "data"), "--depth", "8", "--epochs", "1",
+                "--save", str(tmp_path), "--expname", "many"])
+    call = ["--resume", str(tmp_path / "many" / utils.CHECKPOINT), "--thresholds", "0.5", "--epsilons", "0"]
+    status, out, err = run(analyze.main, *call, "--out", tmp_path / "one", "--test-size", "1")
+    assert (status, err) == (0, "")
+    assert "similarity is left out" in out
+    assert read_csv(tmp_path / "one" / "usage.csv")[0]["images"] == "1"
+    status, _, err = run(analyze.main, *call, "--out", tmp_path / "all", "--permutations", "9")
+    assert (status, err) == (0, "")
+
+
+def test_figures_of_an_earlier_analysis_do_not_stay_beside_new_numbers(runs, tmp_path):
+    call = ["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(tmp_path), "--only", "rates"]
+    analyze.main(call)
+    analyze.main([*call, "--overwrite", "--format", "svg"])
+    assert {path.name for path in tmp_path.glob("rates.*")} == {"rates.csv", "rates.npz", "rates.svg"}
 
 
 # ---------------------------------------------------------------------------------------------- similarity
@@ -242,6 +306,58 @@ def test_fgsm_is_the_librarys(small, mode, epsilon):
     assert ((theirs - ours).abs() > 1e-6).float().mean() < 1e-3
 
 
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_robustness_is_what_an_image_by_image_attack_finds(mode):
+    torch.manual_seed(0)
+    model = ResNet_cifar(BasicBlock, (1, 2, 1), 4, [0.5, 1, 0.5, 0.5]).eval()  # the second block has no gate
+    for block in model.blocks():
+        if block.gated:
+            nn.init.normal_(block.fc2.weight, 0, 2)
+            nn.init.zeros_(block.fc2.bias)
+    model.gate_mode = mode
+    noise_images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8)
+    source = data.SmallImages(noise_images, torch.arange(20) % 4, list("abcd"))
+    loader = data.SmallImageLoader(source, 8, ([0.5] * 3, [0.3] * 3))
+    pixels = measures.Pixels([0.5] * 3, [0.3] * 3, torch.device("cpu"))
+    cost, epsilons, quality = inference.macs(model, 8), [0, 0.3], 2
+    found = measures.robustness(model, loader, pixels, epsilons, quality, cost, seed=3)
+
+    torch.manual_seed(3)
+    expected = {name: np.zeros((2, 2)) for name in found}
+    for images, labels in loader.batches():
+        noise = convnet_aig.draw_noise(3, len(images), images)
+        for n in range(len(images)):
+            x = pixels.of(images[n : n + 1])
+            part = {"noise": noise[:, n : n + 1] if mode == "sample" else None}
+            usual = torch.cat(model(pixels.normalise(x), **part)[1]).detach()
+            seen = pixels.normalise(x).requires_grad_()
+            torch.nn.functional.cross_entropy(model(seen, **part)[0], labels[n : n + 1]).backward()
+            for column, epsilon in enumerate(epsilons):
+                attacked = (x + 255 * epsilon * seen.grad.sign()).clamp(0, 255)
+                for row, shown in enumerate((attacked, measures.jpeg(attacked, quality))):
+                    logits, gates = model(pixels.normalise(shown), **part)
+                    z = torch.cat(gates).detach()
+                    differing = (z != usual).sum().item()  # an ungated block never does
+                    values = {"error": 100 * (logits.argmax() != labels[n]).item(), "execution_rate": z.mean().item(),
+                              "macs_mean": cost.executed(z[None]).item(), "gates_changed": differing / 3,
+                              "images_changed": float(differing > 0)}
+                    for name, value in values.items():
+                        expected[name][row, column] += value / 20
+    for name in expected:
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, err_msg=name)
+    assert found["gates_changed"][0, 1] > 0
+    assert found["images_changed"][1, 0] > 0  # JPEG alone does so, too
+
+
+def test_the_gradient_does_not_depend_on_how_images_are_grouped(small, monkeypatch):
+    small.gate_mode = "sample"
+    images, labels = torch.randn(7, 3, 16, 16, dtype=torch.float64), torch.arange(7) % 5
+    noise = convnet_aig.draw_noise(small.num_gates, 7, images)
+    whole = measures.gradient_sign(small, images, labels, noise)
+    monkeypatch.setattr(measures, "GRADIENT_PIXELS", 2 * 16 * 16)
+    assert torch.equal(measures.gradient_sign(small, images, labels, noise), whole)
+
+
 def test_epsilon_0_changes_nothing(analyzed):
     table = read_csv(analyzed / "robustness.csv")
     rows = [row for row in table if row["run"] == "aig"]
@@ -346,6 +462,21 @@ def test_figures_of_any_number_of_classes_and_blocks(classes, blocks, gates):
         figure.savefig("/dev/null", format="png")
 
 
+@pytest.mark.parametrize("classes", [10, 1000])
+def test_classes_whose_gates_all_do_the_same(classes):
+    rates = np.ones((classes, 16))
+    order, tree = measures.cluster(rates)
+    names = np.array([f"c{index}" for index in range(classes)])
+    figures.rates(rates, order, tree, names, np.array([4, 12]), np.ones(16, bool)).savefig("/dev/null", format="png")
+
+
+def test_runs_on_the_curve_are_told_apart_without_colours():
+    runs, modes = np.array(["a", "a", "a", "b", "c"]), np.array(["argmax", "argmax", "all", "argmax", "argmax"])
+    thresholds, usual = np.array([0.3, 0.5, np.nan, 0.5, 0.5]), np.array([False, True, True, True, True])
+    figure = figures.curve(runs, modes, thresholds, usual, np.arange(5.0), 1e6 * np.arange(1.0, 6))
+    assert {"b", "c"} <= {text.get_text() for text in figure.axes[0].texts}
+
+
 def test_runs_are_told_apart_without_colours():
     error = np.arange(12.0).reshape(3, 2, 2)
     names, epsilons = np.array(["a", "b", "c"]), np.array([0, 0.1])
@@ -392,7 +523,11 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--out", "OUT", "--resume", "AIG", "--permutations", "0"], "at least 1"),
         (["--out", "OUT", "--resume", "AIG", "--no-such-flag"], "unrecognized"),
         (["--out", "OUT", "--resume", "AIG", "--reestimate-bn"], "leave it out"),
-        (["--out", "OUT", "--resume", "AIG", "--visdom"], "--visdom"),
+        (["--out", "OUT", "--resume", "AIG", "--epochs", "7"], "leave it out"),
+        (["--out", "OUT", "--resume", "AIG", "--thresh", "0.9"], "unrecognized"),
+        (["--resume", "AIG", "--image", "FILE", "--compare", "PLAIN"], "leave out"),
+        (["--out", "OUT", "--resume", "AIG", "--epsilons", "1e400"], "4/255"),
+        (["--out", "OUT", "--resume", "AIG", "--visdom"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
         (["--out", "OUT", "--resume", "AIG", "--compare", "nowhere"], "nowhere"),
         (["--out", "OUT", "--resume", "PLAIN"], "without gates"),
@@ -401,7 +536,7 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--resume", "AIG", "--image", "nowhere.png"], "cannot read the image"),
         (["--redraw", "--out", "OUT"], "no arrays"),
         (["--redraw", "--out", "BROKEN"], "cannot be drawn"),
-        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "alone"),
+        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "all else"),
     ],
 )
 def test_bad_input_gets_one_line(run, runs, tmp_path, flags, message):

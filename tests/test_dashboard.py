@@ -143,7 +143,7 @@ def test_a_run_of_an_older_version_is_shown_too():
 
 def test_a_run_without_gates_and_a_run_of_nothing_finite(server):
     board = dashboard.Dashboard(server.home / "plain", port=server.port)
-    utils.make_run_folder(board.folder)
+    utils.make_folder(board.folder)
     utils.write_json(board.folder / utils.ARGS, {**RUN, "block_rates": [1.0, 1.0, 1.0]})
     board.draw([record(1)])
     assert set(server.windows("plain")) == WINDOWS - {"gates"}

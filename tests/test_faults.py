@@ -178,14 +178,14 @@ def test_a_second_process_on_the_same_folder_is_refused(run, begun, contents, mo
 
 
 def test_a_run_that_another_process_took_further_meanwhile_is_not_continued(run, begun, monkeypatch):
-    original = utils.make_run_folder
+    original = utils.make_folder
 
     def meanwhile(folder):
         original(folder)
         state = torch.load(begun / utils.CHECKPOINT, weights_only=True)
         torch.save({**state, "epoch": 3}, begun / utils.CHECKPOINT)
 
-    monkeypatch.setattr(utils, "make_run_folder", meanwhile)
+    monkeypatch.setattr(utils, "make_folder", meanwhile)
     status, _, err = resume(run, begun)
     assert (status, err.count("\n"), "start again" in err) == (2, 1, True)
     assert utils.load_checkpoint(begun / utils.CHECKPOINT)["epoch"] == 3
