@@ -312,7 +312,7 @@ def test_robustness_is_what_an_image_by_image_attack_finds(mode):
     model = ResNet_cifar(BasicBlock, (1, 2, 1), 4, [0.5, 1, 0.5, 0.5]).eval()  # the second block has no gate
     for block in model.blocks():
         if block.gated:
-            nn.init.normal_(block.fc2.weight, 0, 2)
+            nn.init.normal_(block.fc2.weight, 0, 40)
             nn.init.zeros_(block.fc2.bias)
     model.gate_mode = mode
     noise_images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8)
@@ -346,7 +346,7 @@ def test_robustness_is_what_an_image_by_image_attack_finds(mode):
     for name in expected:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-6, err_msg=name)
     assert found["gates_changed"][0, 1] > 0
-    assert found["images_changed"][1, 0] > 0  # JPEG alone does so, too
+    assert 0 < found["images_changed"][1, 1] < 1
 
 
 def test_the_gradient_does_not_depend_on_how_images_are_grouped(small, monkeypatch):
