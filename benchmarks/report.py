@@ -338,9 +338,11 @@ def protocol_section(runs: Runs) -> str:
 
 {f"{facts}." if begun else "No training of the protocol has begun yet."}
 
-    python -m benchmarks.reproduction --data DIR                # all that is not done yet; DIR holds train/ and test/
-    python -m benchmarks.reproduction --data DIR --only NAME    # a row of "Every run"
-    python -m benchmarks.report                                 # this file
+    python -m benchmarks.reproduction --data DIR                                  # all that is not done yet
+    python -m benchmarks.reproduction --data DIR --results again --only NAME      # a row of "Every run" once more
+    python -m benchmarks.report                                                   # this file
+
+DIR holds `train/` and `test/`, with a folder per class in each.
 
 In the words of `benchmarks/reproduction.py`:
 

@@ -2,10 +2,11 @@
 
     python -m benchmarks.reproduction --data DIR            # all that is not done yet; DIR holds train/ and test/
     python -m benchmarks.reproduction --data DIR --list     # the commands
-    python -m benchmarks.reproduction --data DIR --only small-plain
+    python -m benchmarks.reproduction --data DIR --only small-plain-s1 --results again    # a row once more
 
-A training that was cut off goes on where it was. Its last epoch is tested in every gate mode, and its records, logs and
-results are copied to results/NAME. This file is the protocol: it is committed before the first training that counts.
+A training that was cut off goes on where it was. Its last epoch is tested in every gate mode, and its records, logs
+and results are copied to results/NAME, or below --results; what is there already is not done again. This file is the
+protocol: it is committed before the first training that counts.
 
 The small protocol. AIG ResNet-20 at target rates 0.7 and 0.5, the plain ResNet-20, and the plain one with stochastic
 depth at a drop rate of 1 - 0.7, which tells adaptivity from mere regularisation: 10,000 training images, always the
@@ -87,9 +88,9 @@ def tests(name: str, flags: str) -> dict[str, list[str]]:
     return {mode: [*test, "--gate-mode", mode] for mode in GATE_MODES} | anew
 
 
-def carry_out(name: str, flags: str, data: str, threads: int) -> None:
+def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> None:
     """Trains and tests what is not done yet, and copies what is to be kept. Raises CalledProcessError."""
-    kept, folder = ROOT / "results" / name, ROOT / "runs" / name
+    kept, folder = results / name, ROOT / "runs" / name
     best = folder / "best"  # a folder of its own, because tests are written beside the checkpoint
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -125,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", default="", metavar="PREFIX", help="of the names of the trainings")
     parser.add_argument("--jobs", type=cli.number(int, 1), default=2, help="trainings at a time")
     parser.add_argument("--threads", type=cli.number(int, 1), default=1, help="of each; results depend on it")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="where results are kept")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
     args = parser.parse_args(argv)
     runs = [(name, flags) for name, flags in protocol() if name.startswith(args.only)]
@@ -136,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(line)}")
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda run: carry_out(*run, args.data, args.threads), runs)
+        done = pool.map(lambda run: carry_out(*run, args.data, args.threads, args.results), runs)
         for _ in tqdm(done, "trainings", len(runs), disable=None):
             pass
 

@@ -192,6 +192,17 @@ def test_few_images_of_many_classes(run, tmp_path):
     assert (status, err) == (0, "")
 
 
+def test_a_checkpoint_of_the_original_is_analyzed_with_the_flags_it_does_not_record(runs, tmp_path):
+    state = utils.load_checkpoint(runs / "aig" / utils.CHECKPOINT)["state_dict"]
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "old.pth.tar")
+    call = ["--only", "usage", "--resume", str(tmp_path / "old.pth.tar"), "--out", str(tmp_path / "out")]
+    analyze.main([*call, "--dataset", "digits", "--depth", "14"])
+    found = json.loads((tmp_path / "out" / analyze.SUMMARY).read_text())["usage"]
+    tested = json.loads((runs / "aig" / utils.TEST).read_text())["argmax"]
+    assert found["top1"] == pytest.approx(tested["top1"])
+    assert found["epoch"] is None
+
+
 def test_figures_of_an_earlier_analysis_do_not_stay_beside_new_numbers(runs, tmp_path):
     call = ["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(tmp_path), "--only", "rates"]
     analyze.main(call)
