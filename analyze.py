@@ -144,11 +144,9 @@ def open_network(path: str, rest: Sequence[str]) -> tuple[ModuleType, argparse.N
 
 def check_flags(parser: cli.Parser, rest: Sequence[str]) -> None:
     """Raises InputError for flags of a script that have no meaning here."""
-    parser.allow_abbrev, unset = False, object()
-    names = [action.dest for action in parser._actions if action.dest != "help"]
-    given = vars(parser.parse_args(rest, argparse.Namespace(**dict.fromkeys(names, unset))))
-    for name, value in given.items():
-        if value is not unset and value is not None and name not in USED_FLAGS:
+    parser.allow_abbrev = False
+    for name in cli.given(parser, rest):
+        if name not in USED_FLAGS:
             raise InputError(f"--{name.replace('_', '-')} means nothing to analyze.py: leave it out")
 
 

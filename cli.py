@@ -163,10 +163,7 @@ def parse(
     Raises:
         InputError: on a bad command line or checkpoint.
     """
-    args = parser.parse_args(argv)
-    unset = object()
-    explicit = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    explicit = {name: value for name, value in explicit.items() if value is not unset and value is not None}
+    args, explicit = parser.parse_args(argv), given(parser, argv)
     if args.resume == AUTO:
         find_resumable(args, explicit)
     if args.test and not args.resume:
@@ -194,6 +191,14 @@ def parse(
             checkpoint["step"] = 0  # the epoch is to begin anew
         check_resumable(args, checkpoint, explicit)
     return args, checkpoint
+
+
+def given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The values of the flags that are on the command line, without any default."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    return {name: value for name, value in values.items() if value is not unset and value is not None}
 
 
 def find_resumable(args: argparse.Namespace, explicit: dict[str, Any]) -> None:

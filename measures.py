@@ -135,7 +135,7 @@ def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """
     if len(rates) < 2:
         return np.arange(len(rates)), np.zeros((0, 4))
-    # optimal ordering takes minutes for a thousand classes
+    # the time of optimal ordering grows with the square of the classes or faster
     tree = linkage(rates, "average", optimal_ordering=len(rates) <= 200)
     return leaves_list(tree), tree
 

@@ -107,12 +107,12 @@ def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> 
         call("train.log", *training(name, flags, data))
     for line in missing.values():
         call("test.log", *line)
-    if "--val-size" in flags and not (kept / BEST_TEST).exists():
+    untested = "--val-size" in flags and not (kept / BEST_TEST).exists()
+    if untested:
         best.mkdir(exist_ok=True)
         shutil.copyfile(folder / utils.BEST, best / utils.BEST)
         call("test.log", "train.py", "--test", "--resume", f"runs/{name}/best/{utils.BEST}")
-        missing["best"] = []
-    if missing:
+    if missing or untested:
         kept.mkdir(parents=True, exist_ok=True)
         for file in (utils.ARGS, utils.METRICS, "train.log", "test.log", utils.TEST):
             shutil.copyfile(folder / file, kept / file)
