@@ -214,9 +214,9 @@ def test_the_curve_and_foreign_runs_are_reported(tmp_path):
 
 def test_the_full_runs_are_compared_without_a_verdict(tmp_path):
     write_run(tmp_path, "full-plain", {"argmax": 20})
-    assert "no interval: not known yet." in report.report(tmp_path)
+    assert "no intervals: `full-` not known yet; `long-` not known yet." in report.report(tmp_path)
     write_run(tmp_path, "full-aig-t0.7", {"argmax": 23, "sample": 25, "expected": 22, "all": 22})
-    words = "no interval: error 25.00 % in mode `sample` and 23.00 % in mode `argmax` against 20.00 %."
+    words = "after 10 epochs error 25.00 % in mode `sample` and 23.00 % in mode `argmax` against 20.00 %;"
     assert words in section(report.report(tmp_path), "Verdict")
 
 

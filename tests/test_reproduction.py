@@ -1,0 +1,67 @@
+"""The protocol's program, run on a protocol of one tiny training."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import reproduction
+
+NAME = "tiny-val2"
+FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder of ten random images in two classes, and a protocol of its own in a checkout of its own."""
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 3), ("test", 2)):
+        for name in ("ant", "bee"):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(number):
+                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def call(tmp_path, run, monkeypatch):
+    (tmp_path / "train.py").symlink_to(reproduction.ROOT / "train.py")
+    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduction, "protocol", lambda: iter([(NAME, FLAGS)]))
+    return lambda *argv: run(reproduction.main, "--results", tmp_path / "kept", *argv)
+
+
+def test_a_training_is_tested_and_kept_and_not_done_twice(call, images, tmp_path):
+    kept = tmp_path / "kept" / NAME
+    assert call("--data", images)[0] == 0
+    assert {path.name for path in kept.iterdir()} == {
+        "args.json", "metrics.jsonl", "train.log", "test.log", "test.json", "test_best.json"}
+    for file, checkpoint in (("test.json", "checkpoint"), ("test_best.json", "model_best")):
+        assert json.loads((kept / file).read_text())["argmax"]["images"] == 4
+        assert f"{checkpoint}.pth.tar" in (kept / "test.log").read_text()
+    first = (kept / "train.log").read_text()
+    assert first.startswith(f"$ OMP_NUM_THREADS=1 python train.py --expname {NAME} ")
+    assert call("--data", images)[0] == 0
+    assert (tmp_path / "runs" / NAME / "train.log").read_text() == first
+
+
+def test_a_training_that_fails_is_named_with_its_log(call, tmp_path):
+    status, out, err = call("--data", tmp_path / "nowhere")
+    log = tmp_path / "runs" / NAME / "train.log"
+    assert (status, out) == (2, "")
+    assert err == f"script: error: {NAME} ended with status 2: {log} says why\n"
+    assert "nowhere" in log.read_text()
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_commands_can_be_listed(call):
+    status, out, _ = call("--data", "DIR", "--list")
+    assert status == 0
+    assert out.splitlines() == [
+        f"OMP_NUM_THREADS=1 python train.py --expname {NAME} --dataset folder --data DIR {FLAGS} --resume auto",
+        f"OMP_NUM_THREADS=1 python train.py --test --resume runs/{NAME}/checkpoint.pth.tar",
+    ]
+    status, _, err = call("--data", "DIR", "--only", "small")
+    assert (status, err) == (2, "script: error: --only small: no training has such a name; see --list\n")
