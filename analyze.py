@@ -15,7 +15,7 @@ import csv
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import pairwise
@@ -46,11 +46,11 @@ FORMATS = ("png", "pdf", "svg")
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 EPSILONS = [Fraction(steps, 255) for steps in (0, 1, 2, 4, 8, 16)]
 GALLERY_CLASSES, GALLERY_IMAGES = 10, 4  # of the contact sheet: rows, and images on either side
-USED_FLAGS = {  # of the scripts
-    *("data", "dataset", "image_size", "workers", "batch_size", "test_size", "depth", "arch", "target", "target_rates"),
-    *("gate_mode", "threshold", "gate_samples", "lossfact", "dense", "seed"),
+IMAGE_FLAGS = {  # of the scripts, that mean something to single images
+    *("dataset", "image_size", "depth", "arch", "target", "target_rates", "gate_mode", "threshold", "seed"),
     *("device", "no_cuda", "deterministic", "channels_last", "tf32"),
 }
+USED_FLAGS = IMAGE_FLAGS | {"data", "workers", "batch_size", "test_size", "gate_samples", "lossfact", "dense"}
 GUESSES = 5  # classes that are printed for an image
 
 
@@ -132,22 +132,26 @@ def script_of(path: str) -> ModuleType:
     return train_img if "arch" in cli.recorded(checkpoint) or photographs else train
 
 
-def open_network(path: str, rest: Sequence[str]) -> tuple[ModuleType, argparse.Namespace, dict]:
+def open_network(
+    path: str, rest: Sequence[str], used: Set[str] = USED_FLAGS
+) -> tuple[ModuleType, argparse.Namespace, dict]:
     """The script, the flags and the checkpoint of a network; `rest` are the script's flags of this call."""
     script = script_of(path)
-    check_flags(script.make_parser(), rest)
+    parser = script.make_parser()
+    parser.allow_abbrev = False
+    parser.parse_args(rest)  # there are no others
+    check_flags(parser, rest, used, "--image" if used is IMAGE_FLAGS else "analyze.py")
     args, checkpoint = script.parse(["--test", f"--resume={path}", *rest])
     if args.gate_mode not in ("argmax", "sample"):
         raise InputError(f"--gate-mode {args.gate_mode} has no graphs to look at: use argmax or sample")
     return script, args, checkpoint
 
 
-def check_flags(parser: cli.Parser, rest: Sequence[str]) -> None:
-    """Raises InputError for flags of a script that have no meaning here."""
-    parser.allow_abbrev = False
-    for name in cli.given(parser, rest):
-        if name not in USED_FLAGS:
-            raise InputError(f"--{name.replace('_', '-')} means nothing to analyze.py: leave it out")
+def check_flags(parser: cli.Parser, argv: Sequence[str], used: Set[str], what: str) -> None:
+    """Raises InputError for flags that have no meaning here."""
+    for name in cli.given(parser, argv):
+        if name not in used:
+            raise InputError(f"--{name.replace('_', '-')} means nothing to {what}: leave it out")
 
 
 def load_subject(path: str, rest: Sequence[str], name: str = "") -> Subject:
@@ -423,7 +427,7 @@ def provenance(subject: Subject) -> dict[str, Any]:
 
 def show_images(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """Prints the best guesses and the graph of each image, and draws them into --out."""
-    script, flags, checkpoint = open_network(args.resume, rest)
+    script, flags, checkpoint = open_network(args.resume, rest, IMAGE_FLAGS)
     own = cli.recorded(checkpoint)
     if not {"classes", "mean", "std"} <= own.keys():
         raise InputError(f"{args.resume} does not record its classes and normalisation: train it with this program")
@@ -538,18 +542,20 @@ def redraw(folder: Path, form: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, rest = make_parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args, rest = make_parser().parse_known_args(argv)
     if processes.world().size > 1:
         raise InputError("analyze.py runs in one process: start it without torchrun")
     if not args.out and (args.redraw or not args.image):
         raise InputError("say where figures and tables go: --out DIR")
     if args.redraw:
-        if rest or args.resume or args.image or args.compare:
-            raise InputError("--redraw draws what is in --out: leave out all else but --format")
+        check_flags(make_parser(), argv, {"redraw", "out", "format"}, "--redraw")
+        if rest:
+            raise InputError(f"{' '.join(rest)} means nothing to --redraw: leave it out")
         redraw(args.out, args.format)
         return
-    if args.image and args.compare:
-        raise InputError("--image shows one network: leave out --compare")
+    if args.image:
+        check_flags(make_parser(), argv, {"image", "resume", "out", "overwrite", "format"}, "--image")
     if not args.resume:
         raise InputError("name the checkpoint: --resume runs/NAME/model_best.pth.tar")
     if args.out and not args.overwrite:

@@ -194,11 +194,11 @@ def parse(
 
 
 def given(parser: Parser, argv: Sequence[str] | None) -> dict[str, Any]:
-    """The values of the flags that are on the command line, without any default."""
+    """The values of the parser's flags that are on the command line, without any default."""
     unset = object()
     names = [action.dest for action in parser._actions if action.dest != "help"]
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
-    return {name: value for name, value in values.items() if value is not unset and value is not None}
+    known, _ = parser.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(names, unset)))
+    return {name: value for name, value in vars(known).items() if value is not unset and value is not None}
 
 
 def find_resumable(args: argparse.Namespace, explicit: dict[str, Any]) -> None:

@@ -536,7 +536,9 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--out", "OUT", "--resume", "AIG", "--reestimate-bn"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--epochs", "7"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--thresh", "0.9"], "unrecognized"),
-        (["--resume", "AIG", "--image", "FILE", "--compare", "PLAIN"], "leave out"),
+        (["--resume", "AIG", "--image", "FILE", "--compare", "PLAIN"], "--compare means nothing to --image"),
+        (["--resume", "AIG", "--image", "FILE", "--epsilons", "0.1"], "--epsilons means nothing to --image"),
+        (["--resume", "AIG", "--image", "FILE", "--test-size", "9"], "--test-size means nothing to --image"),
         (["--out", "OUT", "--resume", "AIG", "--epsilons", "1e400"], "4/255"),
         (["--out", "OUT", "--resume", "AIG", "--visdom"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
@@ -547,7 +549,8 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--resume", "AIG", "--image", "nowhere.png"], "cannot read the image"),
         (["--redraw", "--out", "OUT"], "no arrays"),
         (["--redraw", "--out", "BROKEN"], "cannot be drawn"),
-        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "all else"),
+        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "--resume means nothing to --redraw"),
+        (["--redraw", "--out", "BROKEN", "--threshold", "0.3"], "--threshold 0.3 means nothing to --redraw"),
     ],
 )
 def test_bad_input_gets_one_line(run, runs, tmp_path, flags, message):
