@@ -22,8 +22,7 @@ gate mode `argmax` with BatchNorm's statistics estimated anew in that mode.
 
 The full runs. All training images, 10 epochs, one seed: plain, AIG, and AIG choosing its best epoch on 5,000 held-out
 training images, to see how much choosing on the test images flatters. The long runs, added when all of the above but
-the options was known: plain and AIG for twice as many epochs, to see whether the distance between
-them shrinks.
+the options was known: plain and AIG for twice as many epochs, to see whether the distance between them shrinks.
 """
 
 from __future__ import annotations
