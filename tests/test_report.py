@@ -191,7 +191,7 @@ def test_an_epoch_chosen_on_held_out_images_is_judged_on_the_test_images(tmp_pat
     utils.write_json(folder / "test_best.json", best)
     text = report.report(tmp_path)
     assert "`full-aig-t0.7-val5000`: +1.00 points against the last epoch, chosen on held-out images" in text
-    full = section(text, "The full runs")
+    full = section(text, "The full and the long runs")
     assert row(full, "full-aig-t0.7-val5000", "best (8)") == [
         "full-aig-t0.7-val5000", "best (8)", "argmax", "31.00", "0.800", "–", "–", "–"]
 
@@ -214,9 +214,9 @@ def test_the_curve_and_foreign_runs_are_reported(tmp_path):
 
 def test_the_full_runs_are_compared_without_a_verdict(tmp_path):
     write_run(tmp_path, "full-plain", {"argmax": 20})
-    assert "no intervals: `full-` not known yet; `long-` not known yet." in report.report(tmp_path)
+    assert "- All training images (one seed, so no interval), error not known yet.\n" in report.report(tmp_path)
     write_run(tmp_path, "full-aig-t0.7", {"argmax": 23, "sample": 25, "expected": 22, "all": 22})
-    words = "after 10 epochs error 25.00 % in mode `sample` and 23.00 % in mode `argmax` against 20.00 %;"
+    words = "no interval), 10 epochs: error 25.00 % in mode `sample` and 23.00 % in mode `argmax` against 20.00 %."
     assert words in section(report.report(tmp_path), "Verdict")
 
 
