@@ -41,6 +41,7 @@ MODES = ("sample", "argmax")  # that verdicts are on: the first is the authors'
 REESTIMATED = "argmax+bn"  # the key in test.json of --reestimate-bn
 FOLDERS = re.compile(r"""(?<=[\s='"])/(?:[^\s/]+/)*(?=[^\s/])""")  # in a command line: those of the machine
 CURVE = Path("model", "analysis", "curve.csv")
+THRESHOLD = 0.5  # of gate mode argmax, in the protocol and before there was a flag for it
 HELPS = ("helps", "hurts")  # verdicts on options
 MEASURES = {  # of a test: column, unit, digits
     "error": ("error, %", 1, 2),
@@ -116,10 +117,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_tests(path: Path) -> dict[str, dict]:
-    """By gate mode: the epoch, and `MEASURES`, None where they were not counted."""
+    """By gate mode: the epoch and the threshold, and `MEASURES`, None where they were not counted."""
     with naming(path):
         return {
             mode: {"error": 100 - result["top1"], "epoch": int(result["epoch"])}
+            | {"threshold": float(result.get("threshold", THRESHOLD))}
             | {key: float(result[key]) if key in result else None for key in COSTS}
             for mode, result in utils.read_json(path).items()
         }
@@ -162,6 +164,8 @@ def shortcoming(args: dict, errors: dict, tests: dict, flags: str, modes: Sequen
         return f"incomplete: not tested in {', '.join(untested)}"
     if flags and (wrong := {tests[mode]["epoch"] for mode in modes} - {args["epochs"]}):
         return f"left out: tested at epoch {min(wrong)} instead of the last"
+    if flags and (wrong := {tests[mode]["threshold"] for mode in modes} - {THRESHOLD}):
+        return f"left out: tested at threshold {min(wrong)} instead of {THRESHOLD}"
     return ""
 
 

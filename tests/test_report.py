@@ -169,10 +169,19 @@ def test_a_run_that_does_not_count_is_listed_and_left_out(tmp_path, options, rem
         "2 of 5, missing: 3, 4, 5", "30.50 ± 0.71"]
 
 
-def test_a_test_of_another_than_the_last_epoch_does_not_count(tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "remark"),
+    [
+        ("epoch", 11, "left out: tested at epoch 11 instead of the last"),
+        ("threshold", 0.9, "left out: tested at threshold 0.9 instead of 0.5"),
+    ],
+)
+def test_a_test_that_is_not_the_protocols_does_not_count(tmp_path, key, value, remark):
     path = write_run(tmp_path, "small-plain-s1", {"argmax": 30}) / "test.json"
-    path.write_text(path.read_text().replace('"epoch": 12', '"epoch": 11'))
-    assert row(report.report(tmp_path), "small-plain-s1")[-1] == "left out: tested at epoch 11 instead of the last"
+    tests = utils.read_json(path)
+    tests["argmax"][key] = value
+    utils.write_json(path, tests)
+    assert row(report.report(tmp_path), "small-plain-s1")[-1] == remark
 
 
 def test_choosing_the_best_epoch_is_held_against_the_last(tmp_path):
