@@ -3,7 +3,9 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -21,6 +23,24 @@ def run(capsys):
         return end.value.code, out, err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def image_folder():
+    """Writes random images in class folders: `image_folder(root, train=8, val=3)` -> root, with so many in a class."""
+
+    def write(root, classes=("ant", "bee"), size=(32, 32), suffix="png", **counts):
+        random = np.random.default_rng(0)
+        for split, count in counts.items():
+            for name in classes:
+                folder = Path(root) / split / name
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    pixels = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
+        return root
+
+    return write
 
 
 @pytest.fixture

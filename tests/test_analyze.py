@@ -52,14 +52,10 @@ def analyzed(runs, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def photographs(tmp_path_factory):
+def photographs(image_folder, tmp_path_factory):
     """An ImageNet-layout folder of three classes."""
-    root, random = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
-    for split, name, number in itertools.product(("train", "val"), ("ant", "bee", "cow"), range(4)):
-        folder = root / split / name
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(folder / f"{number}.jpg")
-    return root
+    where = tmp_path_factory.mktemp("photographs")
+    return image_folder(where, classes=("ant", "bee", "cow"), size=(50, 40), suffix="jpg", train=4, val=4)
 
 
 @pytest.fixture
@@ -174,13 +170,8 @@ def test_the_origin_of_the_numbers_is_kept(analyzed):
     assert [(row["mode"], float(row["threshold"])) for row in plain] == [("argmax", 0.5)]
 
 
-def test_few_images_of_many_classes(run, tmp_path):
-    random = np.random.default_rng(0)
-    for split, name in itertools.product(("train", "test"), range(14)):
-        (tmp_path / "data" / split / f"c{name}").mkdir(parents=True)
-        for number in range(2):
-            pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "data" / split / f"c{name}" / f"{number}.png")
+def test_few_images_of_many_classes(run, image_folder, tmp_path):
+    image_folder(tmp_path / "data", classes=[f"c{number}" for number in range(14)], train=2, test=2)
     train.main(["--dataset", "folder", "--data", str(tmp_path / "data"), "--depth", "8", "--epochs", "1",
                 "--save", str(tmp_path), "--expname", "many"])
     call = ["--resume", str(tmp_path / "many" / utils.CHECKPOINT), "--thresholds", "0.5", "--epsilons", "0"]

@@ -102,17 +102,11 @@ def finished(tmp_path_factory):
 
 
 @pytest.fixture
-def place(finished, tmp_path, monkeypatch):
+def place(finished, image_folder, tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     for name, content in finished.items():
         (tmp_path / "run" / name).write_bytes(content)
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(3):
-                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    image_folder(tmp_path / "photos", size=(40, 40), train=3, val=3)
     monkeypatch.chdir(tmp_path)
     return Place(tmp_path)
 

@@ -127,19 +127,8 @@ def test_cifar_keeps_the_originals_constants():
     assert (mean, std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 
 
-def make_folder(root, classes=("ant", "bee"), splits=("train", "test"), size=(32, 32)):
-    random = np.random.default_rng(0)
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(4):
-                image = random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-                Image.fromarray(image).save(root / split / name / f"{i}.png")
-    return root
-
-
-def test_a_class_folder_is_read_as_it_is(tmp_path):
-    make_folder(tmp_path)
+def test_a_class_folder_is_read_as_it_is(image_folder, tmp_path):
+    image_folder(tmp_path, train=4, test=3)
     images = data.load_small_images("folder", tmp_path, train=True)
     assert images.classes == ["ant", "bee"]
     assert images.labels.tolist() == [0] * 4 + [1] * 4
@@ -147,8 +136,8 @@ def test_a_class_folder_is_read_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(64, 40), (20, 33), (100, 100), (3, 500)])
-def test_images_of_any_size_become_32_by_32(tmp_path, size):
-    make_folder(tmp_path, splits=("train", "val"), size=size)
+def test_images_of_any_size_become_32_by_32(image_folder, tmp_path, size):
+    image_folder(tmp_path, size=size, val=4)
     assert data.load_small_images("folder", tmp_path, train=False).images.shape == (8, 32, 32, 3)
 
 
@@ -164,8 +153,8 @@ def test_every_mode_of_image_is_read_as_rgb(tmp_path):
     assert data.read_image(tmp_path / "transparent.png").mode == "RGB"
 
 
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
-    make_folder(tmp_path)
+def test_an_image_that_cannot_be_decoded_is_named(image_folder, tmp_path):
+    image_folder(tmp_path, train=4)
     whole = (tmp_path / "train/ant/0.png").read_bytes()
     for content in (b"", b"not an image", whole[: len(whole) // 2]):
         (tmp_path / "train/ant/0.png").write_bytes(content)

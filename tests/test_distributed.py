@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -297,15 +296,8 @@ def test_a_signal_stops_all_processes_at_one_step_and_the_run_goes_on_from_there
 
 
 @pytest.fixture
-def photos(tmp_path):
-    random = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for name in ("ant", "bee"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "photos"
+def photos(image_folder, tmp_path):
+    return image_folder(tmp_path / "photos", size=(40, 40), train=8, val=3)
 
 
 def test_a_signal_to_processes_with_workers_saves_too(photos, tmp_path):

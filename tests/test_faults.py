@@ -11,10 +11,8 @@ import time
 from pathlib import Path
 
 import faults
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import engine
 import train
@@ -118,15 +116,9 @@ def test_a_run_folder_that_vanishes_is_one_line(run, tmp_path, monkeypatch):
     assert "No such file or directory" in err
 
 
-def test_photographs_that_vanish_are_one_line_and_the_checkpoint_stays(run, tmp_path, monkeypatch):
-    random = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for name in ("ant", "bee"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(4):
-                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    command = [tmp_path / "photos", "--image-size", 32, "--batch-size", 4, "--epochs", 3, "--workers", 1]
+def test_photographs_that_vanish_are_one_line_and_the_checkpoint_stays(run, image_folder, tmp_path, monkeypatch):
+    photos = image_folder(tmp_path / "photos", size=(40, 40), train=4, val=4)
+    command = [photos, "--image-size", 32, "--batch-size", 4, "--epochs", 3, "--workers", 1]
     command += ["--device", "cpu", "--lr", 0.01, "--save", tmp_path, "--expname", "run"]
     original = engine.train_epoch
 

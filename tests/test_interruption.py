@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from faults import records
-from PIL import Image
 
 import engine
 import train
@@ -100,15 +98,9 @@ def test_a_timer_saves_in_mid_epoch_and_a_crash_loses_no_more(run, straight, tmp
     assert_same_run(folder, straight)
 
 
-def test_photographs_with_workers_too(run, tmp_path, monkeypatch):
-    random = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 3)):
-        for name in ("ant", "bee"):
-            folder = tmp_path / "photos" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    command = [tmp_path / "photos", "--image-size", 32, "--batch-size", 4, "--epochs", 2, "--workers", 2]
+def test_photographs_with_workers_too(run, image_folder, tmp_path, monkeypatch):
+    photos = image_folder(tmp_path / "photos", size=(40, 40), train=10, val=3)
+    command = [photos, "--image-size", 32, "--batch-size", 4, "--epochs", 2, "--workers", 2]
     command += ["--device", "cpu", "--expname", "run", "--lr", 0.01]
     assert run(train_img.main, *command, "--save", tmp_path / "straight")[0] == 0
     with monkeypatch.context() as patch:

@@ -2,9 +2,7 @@
 
 import json
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import reproduction
 
@@ -13,27 +11,16 @@ FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
 
 
 @pytest.fixture
-def images(tmp_path):
-    """A folder of ten random images in two classes, and a protocol of its own in a checkout of its own."""
-    rng = np.random.default_rng(0)
-    for split, number in (("train", 3), ("test", 2)):
-        for name in ("ant", "bee"):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(number):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-    return tmp_path / "data"
-
-
-@pytest.fixture
 def call(tmp_path, run, monkeypatch):
+    """Runs the program on a protocol of its own in a folder of its own."""
     (tmp_path / "train.py").symlink_to(reproduction.ROOT / "train.py")
     monkeypatch.setattr(reproduction, "ROOT", tmp_path)
     monkeypatch.setattr(reproduction, "protocol", lambda: iter([(NAME, FLAGS)]))
     return lambda *argv: run(reproduction.main, "--results", tmp_path / "kept", *argv)
 
 
-def test_a_training_is_tested_and_kept_and_not_done_twice(call, images, tmp_path):
+def test_a_training_is_tested_and_kept_and_not_done_twice(call, image_folder, tmp_path):
+    images = image_folder(tmp_path / "data", train=3, test=2)
     kept = tmp_path / "kept" / NAME
     assert call("--data", images)[0] == 0
     assert {path.name for path in kept.iterdir()} == {

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import train
 import utils
@@ -310,17 +309,8 @@ def test_gate_learning_rate_factor_applies_to_fc2_alone(run, tmp_path):
     assert state["layer1.0.fc1.bias"].abs().sum() > 0
 
 
-def make_images(root, classes=("ant", "bee"), splits=("train", "test"), count=3):
-    for split in splits:
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                Image.new("RGB", (32, 32), (40 * i, 20, 200)).save(root / split / name / f"{i}.png")
-    return root
-
-
-def test_class_folders_train_and_keep_their_normalisation(run, tmp_path):
-    make_images(tmp_path / "images")
+def test_class_folders_train_and_keep_their_normalisation(run, image_folder, tmp_path):
+    image_folder(tmp_path / "images", train=3, test=3)
     command = ["--dataset", "folder", "--data", tmp_path / "images", "--depth", 8, "--epochs", 1, "--batch-size", 4]
     assert run(train.main, *command, "--device", "cpu", "--save", tmp_path, "--expname", "folder")[0] == 0
     for path in (tmp_path / "images/train").rglob("*.png"):
@@ -411,8 +401,8 @@ def test_defaults_are_the_originals():
 
 
 @pytest.mark.parametrize("damage", ["empty class", "no class", "unreadable image", "other classes", "no test split"])
-def test_a_bad_image_folder_gets_one_line(run, tmp_path, contents, damage):
-    images = make_images(tmp_path / "images")
+def test_a_bad_image_folder_gets_one_line(run, image_folder, tmp_path, contents, damage):
+    images = image_folder(tmp_path / "images", train=3, test=3)
     if damage == "empty class":
         (images / "train/cat").mkdir()
     elif damage == "no class":
@@ -557,8 +547,8 @@ def test_resuming_keeps_what_the_run_recorded(run, copied):
     assert torch.load(copied / "checkpoint.pth.tar")["args"]["expname"] == "straight"
 
 
-def test_a_checkpoint_of_other_classes_is_refused(run, copied, tmp_path):
-    images = make_images(tmp_path / "images")
+def test_a_checkpoint_of_other_classes_is_refused(run, copied, image_folder, tmp_path):
+    images = image_folder(tmp_path / "images", train=3, test=3)
     command = ["--test", "--resume", copied / "checkpoint.pth.tar", "--dataset", "folder", "--data", images]
     status, _, err = run(train.main, *command, "--device", "cpu")
     assert (status, len(err.splitlines())) == (2, 1)
