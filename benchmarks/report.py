@@ -42,7 +42,7 @@ REESTIMATED = "argmax+bn"  # the key in test.json of --reestimate-bn
 FOLDERS = re.compile(r"""(?<=[\s='"])/(?:[^\s/]+/)*(?=[^\s/])""")  # in a command line: those of the machine
 CURVE = Path("model", "analysis", "curve.csv")
 THRESHOLD = 0.5  # of gate mode argmax, in the protocol and before there was a flag for it
-HELPS = ("helps", "hurts")  # verdicts on options
+CHANGES = ("lower", "higher")  # verdicts on options
 MEASURES = {  # of a test: column, unit, digits
     "error": ("error, %", 1, 2),
     "execution_rate": ("execution rate", 1, 3),
@@ -98,9 +98,13 @@ class Run:
     best_tests: dict[str, dict] = field(default_factory=dict)
     notes: str = ""
 
+    def results(self, mode: str) -> dict[str, float | None]:
+        """Of the test in this mode; empty if there is none."""
+        return self.tests.get(mode if self.gated else "argmax", {})
+
     def test(self, mode: str, key: str = "error") -> float | None:
-        """A result of the tests, None if there is none."""
-        return self.tests.get(mode if self.gated else "argmax", {}).get(key)
+        """One of them, None if there is none."""
+        return self.results(mode).get(key)
 
     def flattery(self) -> float:
         """Error of the best epoch minus that of the last, both on the validation images."""
@@ -216,14 +220,19 @@ def whole(runs: Runs, arm: str) -> dict[int, Run]:
     return {seed: run for seed in SEEDS if not (run := runs[f"small-{arm}-s{seed}"]).state}
 
 
-def column(runs: Runs, arm: str, mode: str, key: str = "error") -> list[float]:
-    """A result of the tests of the complete runs of an arm."""
-    return [value for run in whole(runs, arm).values() if (value := run.test(mode, key)) is not None]
+def tests_of(runs: Runs, arm: str, mode: str) -> list[dict[str, float | None]]:
+    """The tests in this mode of the complete runs of an arm."""
+    return [found for run in whole(runs, arm).values() if (found := run.results(mode))]
+
+
+def column(tests: Sequence[dict[str, float | None]], key: str = "error") -> list[float]:
+    """A result of these tests, of all that counted it."""
+    return [test[key] for test in tests if test[key] is not None]
 
 
 def compare(runs: Runs, arm: str, other: str, mode: str) -> Difference | None:
     """The error of an arm minus that of another."""
-    return difference(column(runs, arm, mode), column(runs, other, mode))
+    return difference(column(tests_of(runs, arm, mode)), column(tests_of(runs, other, mode)))
 
 
 # ---------------------------------------------------------------------------------------------- Markdown
@@ -257,10 +266,19 @@ def show_test(result: dict[str, float | None]) -> list[str]:
     return [NONE if value is None else show(value / unit, digits) for value, unit, digits in values]
 
 
-def show_tests(runs: Runs, arm: str, mode: str) -> list[str]:
-    """The same, of all seeds of an arm."""
-    return [show_mean([value / unit for value in column(runs, arm, mode, key)], digits)
+def show_tests(tests: Sequence[dict[str, float | None]]) -> list[str]:
+    """The same, mean and deviation of several."""
+    return [show_mean([value / unit for value in column(tests, key)], digits)
             for key, (_, unit, digits) in MEASURES.items()]
+
+
+def show_changes(ours: Sequence[dict], others: Sequence[dict], paired: bool = False) -> list[str]:
+    """How the errors and the computation of some tests differ from those of others, one cell each, in points."""
+    cells = []
+    for key, point in (("error", 1), ("macs_fraction", 0.01)):
+        found = difference(*([value / point for value in column(tests, key)] for tests in (ours, others)), paired)
+        cells.append(f"{show_difference(found)}: {verdict(found, *CHANGES)}")
+    return cells
 
 
 def show_epoch(run: Run, best: bool) -> str:
@@ -313,11 +331,12 @@ Stochastic depth drops branches in training only, and runs all of them in the te
 
 
 def headline(runs: Runs, mode: str, words: str) -> str:
-    found, costs = compare(runs, AIG, PLAIN, mode), [column(runs, arm, mode, "macs_mean") for arm in (AIG, PLAIN)]
+    found, tests = compare(runs, AIG, PLAIN, mode), [tests_of(runs, arm, mode) for arm in (AIG, PLAIN)]
+    costs = [column(those, "macs_mean") for those in tests]
     if found is None:
         return f"- Gate mode `{mode}`, {words}: **{UNKNOWN}**."
     share = 100 * statistics.mean(costs[0]) / statistics.mean(costs[1]) if all(costs) else None
-    ours, plain = (show_mean(column(runs, arm, mode)) for arm in (AIG, PLAIN))
+    ours, plain = (show_mean(column(those)) for those in tests)
     return (f"- Gate mode `{mode}`, {words}, at {show(share, 1)} % of the plain net's multiply-accumulates: "
             f"**{verdict(found)}**. Error {ours} % against {plain} %: {show_difference(found)} points.")
 
@@ -361,7 +380,7 @@ def arms_section(runs: Runs) -> str:
     for arm in ARMS:
         for mode in GATE_MODES if runs[f"small-{arm}-s{SEEDS[0]}"].gated else (NONE,):
             against = show_difference(compare(runs, arm, PLAIN, mode)) if arm != PLAIN else NONE
-            rows.append((arm, mode, show_seeds(runs, arm), *show_tests(runs, arm, mode), against))
+            rows.append((arm, mode, show_seeds(runs, arm), *show_tests(tests_of(runs, arm, mode)), against))
         there = list(whole(runs, arm).values())
         parameters = ", ".join(dict.fromkeys(f"{run.args['parameters']:,}" for run in there)) or NONE
         best, gain = [min(run.errors.values()) for run in there], [run.flattery() for run in there]
@@ -403,35 +422,38 @@ same. No run with a remark is in the means.
 
 
 def options_section(runs: Runs) -> str:
-    rows = [("none", mode, show_seeds(runs, AIG), *show_tests(runs, AIG, mode), NONE, NONE) for mode in MODES]
+    none = {mode: tests_of(runs, AIG, mode) for mode in MODES}
+    rows = [("none", mode, show_seeds(runs, AIG), *show_tests(none[mode]), NONE, NONE) for mode in MODES]
     for option in OPTIONS:
         for mode in MODES:
-            arm = f"option-{option}"
-            found = compare(runs, arm, AIG, mode)
-            rows.append((option, mode, show_seeds(runs, arm), *show_tests(runs, arm, mode), show_difference(found),
-                         verdict(found, *HELPS)))
+            tests = tests_of(runs, arm := f"option-{option}", mode)
+            rows.append((option, mode, show_seeds(runs, arm), *show_tests(tests), *show_changes(tests, none[mode])))
     flags = "; ".join(f"{option}: `{flags}`" for option, flags in OPTIONS.items())
     pairs = list(reestimations(runs))
-    columns = "arm | pairs | `argmax`, % | re-estimated, % | difference, points (95 % interval) | verdict"
+    changes = "change of error, points (95 % interval) | change of computation, points of MAC fraction"
     return f"""## The options
 
 Each against `small-{AIG}`, which has none. {flags}.
 
-{table(f"option | gate mode | seeds | {COLUMNS} | difference, points (95 % interval) | verdict", rows)}
+{table(f"option | gate mode | seeds | {COLUMNS} | {changes}", rows)}
+
+An option that changes error and computation in opposite directions moves along the curve; whether above or below it,
+this does not tell.
 
 The same weights with BatchNorm's statistics re-estimated for the gate mode of the test, paired over the seeds:
 
-{table(columns, pairs) if pairs else f"Not tested yet: no run has `{REESTIMATED}`."}"""
+{table(f"arm | gate mode | pairs | {COLUMNS} | {changes}", pairs) if pairs
+ else f"Not tested yet: no run has `{REESTIMATED}`."}"""
 
 
 def reestimations(runs: Runs) -> Iterator[tuple[str, ...]]:
-    """A row for each arm that has been tested with BatchNorm re-estimated, too."""
+    """Two rows for each arm that has been tested with BatchNorm re-estimated, too."""
     for arm in (*ARMS, *(f"option-{option}" for option in OPTIONS)):
-        tests = [run.tests for run in whole(runs, arm).values() if REESTIMATED in run.tests]
-        before, after = ([test[mode]["error"] for test in tests] for mode in ("argmax", REESTIMATED))
-        if found := difference(after, before, paired=True):
-            words = (show_difference(found), verdict(found, *HELPS))
-            yield arm, str(len(tests)), show_mean(before), show_mean(after), *words
+        both = [run for run in whole(runs, arm).values() if REESTIMATED in run.tests]
+        before, after = ([run.tests[mode] for run in both] for mode in ("argmax", REESTIMATED))
+        if both:
+            yield arm, "argmax", str(len(both)), *show_tests(before), NONE, NONE
+            yield arm, REESTIMATED, str(len(both)), *show_tests(after), *show_changes(after, before, paired=True)
 
 
 def full_section(runs: Runs) -> str:

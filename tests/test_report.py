@@ -16,9 +16,10 @@ def write_run(results, name, errors, epochs=None, seconds=10, **options):
 
     Args:
         epochs: that were run; all by default.
-        options: entries of args.json, and `flags` other than those of the protocol.
+        options: entries of args.json, `flags` other than those of the protocol, and `fractions`, the executed part of
+            the multiply-accumulates by gate mode, where it is not 0.75.
     """
-    flags = options.pop("flags", FLAGS.get(name, "--epochs 12"))
+    flags, fractions = options.pop("flags", FLAGS.get(name, "--epochs 12")), options.pop("fractions", {})
     words = flags.split()
     last = int(words[words.index("--epochs") + 1])
     epochs = last if epochs is None else epochs
@@ -31,9 +32,10 @@ def write_run(results, name, errors, epochs=None, seconds=10, **options):
     error = next(iter(errors.values()), 50)
     top1 = {epoch: 100 - error - (last - epoch) for epoch in range(1, epochs + 1)}  # a point better with every epoch
     utils.write_records(folder, [{"epoch": e, "seconds": seconds, "val": {"top1": top1[e]}} for e in top1])
-    costs = {"execution_rate": 0.75, "macs_mean": 30e6, "macs_fraction": 0.75, "macs_paper": 30e6}
+    costs = {"execution_rate": 0.75, "macs_mean": 30e6, "macs_paper": 30e6}
     if errors:
-        tests = {mode: {"top1": 100 - error, "epoch": last, **costs} for mode, error in errors.items()}
+        tests = {mode: {"top1": 100 - error, "epoch": last, "macs_fraction": fractions.get(mode, 0.75), **costs}
+                 for mode, error in errors.items()}
         utils.write_json(folder / "test.json", tests)
     return folder
 
@@ -130,18 +132,26 @@ def test_options_are_held_against_the_arm_without_them(tmp_path):
     write_arm(tmp_path, "option-lrfact", [20, 21, 22])
     write_arm(tmp_path, "option-temperature", [40, 41, 42])
     told = section(report.report(tmp_path), "The options")
-    assert row(told, "lrfact", "sample")[-2:] == ["-10.00 (-12.27 to -7.73)", "helps"]  # t = 2.776, sqrt(2/3)
-    assert row(told, "temperature", "argmax")[-1] == "hurts"
+    assert row(told, "lrfact", "sample")[-2] == "-10.00 (-12.27 to -7.73): lower"  # t = 2.776, sqrt(2/3)
+    assert row(told, "temperature", "argmax")[-2].endswith(": higher")
+    assert row(told, "target-warmup", "argmax")[-2:] == ["–: not known yet", "–: not known yet"]
     assert row(told, "target-warmup", "sample")[2:4] == ["0 of 5, missing: 1, 2, 3, 4, 5", "–"]
     assert "Not tested yet: no run has `argmax+bn`" in told
 
 
 def test_reestimated_batchnorm_is_compared_within_the_runs(tmp_path):
     for seed, (error, change) in enumerate([(30, -1), (40, -2), (50, -3)], start=1):
-        errors = dict.fromkeys(report.GATE_MODES, error)
-        write_run(tmp_path, f"small-aig-t0.7-s{seed}", {**errors, "argmax+bn": error + change})
-    found = row(section(report.report(tmp_path), "The options"), "aig-t0.7", "3")
-    assert found[-2:] == ["-2.00 (-4.48 to +0.48)", "no difference shown"]  # 4.303 / sqrt(3); unpaired would be ± 21
+        errors = dict.fromkeys(report.GATE_MODES, error) | {"argmax+bn": error + change}
+        fractions = {"argmax": seed / 10, "argmax+bn": seed / 10 + 0.01 * seed}
+        write_run(tmp_path, f"small-aig-t0.7-s{seed}", errors, fractions=fractions)
+    write_run(tmp_path, "small-aig-t0.7-s4", dict.fromkeys(report.GATE_MODES, 99))  # not part of a pair
+    told = section(report.report(tmp_path), "The options")
+    assert row(told, "aig-t0.7", "argmax")[2:4] == ["3", "40.00 ± 10.00"]
+    found = row(told, "aig-t0.7", "argmax+bn")
+    assert found[2:4] == ["3", "38.00 ± 9.00"]
+    # 4.303 / sqrt(3); unpaired would be ± 21
+    assert found[-2:] == ["-2.00 (-4.48 to +0.48): no difference shown", "+2.00 (-0.48 to +4.48): no difference shown"]
+    assert found[5] == "0.220 ± 0.110"
 
 
 def test_missing_seeds_and_runs_are_named(tmp_path):
