@@ -133,11 +133,15 @@ def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, m
 
 
 def test_a_second_signal_acts_as_usual():
-    with utils.Signals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
+    try:
+        with utils.Signals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
+            assert signals.received == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_real_process_exits_with_128_and_the_signal(tmp_path):
