@@ -1,4 +1,4 @@
-"""Writes results/README.md from the files that the runs left below results/.
+"""Writes results/README.md from the files that the runs left in results/runs/.
 
     python -m benchmarks.report            # writes it
     python -m benchmarks.report --check    # status 2 if it is not what would be written
@@ -12,7 +12,6 @@ Errors are in percent of the images. Differences of means have a 95 % interval b
 
 from __future__ import annotations
 
-import argparse
 import csv
 import inspect
 import math
@@ -27,13 +26,14 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-import cli
-import utils
+from aig.console import InputError, Parser, run_command
+from aig.runs import ARGS, METRICS, TEST, atomic_write, read_json, read_records
 from benchmarks import reproduction
-from benchmarks.reproduction import ARMS, BEST_TEST, FULL_RUNS, LONG_RUNS, OPTIONS, SEEDS
+from benchmarks.reproduction import ARMS, BEST_TEST, DROPPED, FULL_RUNS, LONG_RUNS, OPTIONS, RUNS, SEEDS
 from convnet_aig import GATE_MODES
 
 PLAIN, AIG, AIG_LOW, CONTROL = ARMS
+TRIED = OPTIONS | DROPPED  # all options there are runs of
 Runs = dict[str, "Run"]  # by name
 NONE = "–"
 UNKNOWN = "not known yet"  # a verdict
@@ -54,9 +54,9 @@ COSTS = ("execution_rate", "macs_fraction", "macs_mean", "macs_paper")
 COLUMNS = " | ".join(column for column, *_ in MEASURES.values())
 INTRODUCTION = """# Results
 
-Written by `python -m benchmarks.report` from the files in the folders here; what is not in them is in `notes.md` of a
-folder. The data of the protocol are a copy of CIFAR-10 in JPEG at quality 75, in class folders: these accuracies are
-not CIFAR-10 accuracies. Speed, memory and the logs: [speed.md](speed.md)."""
+Written by `python -m benchmarks.report` from the run folders in [runs](runs); what is not in their records is in a
+folder's `notes.md`. The data of the protocol are a copy of CIFAR-10 in JPEG at quality 75, in class folders: these
+accuracies are not CIFAR-10 accuracies. Speed, memory and the logs: [speed.md](speed.md)."""
 PAPER = """The paper's own numbers are of ResNet-110 after 350 epochs on real CIFAR-10, hence not comparable with ours:
 
 | the paper's net | error, % | layers executed |
@@ -65,13 +65,6 @@ PAPER = """The paper's own numbers are of ResNet-110 after 350 epochs on real CI
 | with stochastic depth | 5.25 | all |
 | AIG-110, t = 0.7 | 5.76 | 82 % |
 | AIG-110*, layers scaled by their execution likelihood, trained longer | 5.14 | all |"""
-ADAPTIVITY = {
-    "beat": "AIG errs less than a net that drops branches at random, so regularisation alone does not explain it.",
-    "missed": "AIG errs more than a net that drops branches at random: adaptivity brought no accuracy here.",
-    "no difference shown": "nothing here shows that adaptivity does more for accuracy than branches dropped at random, "
-                           "a mere regularisation.",
-    UNKNOWN: "too few runs to tell.",
-}
 
 
 # ---------------------------------------------------------------------------------------------- what the runs left
@@ -85,6 +78,7 @@ class Run:
         gated: False without gates, where all gate modes are the same.
         state: what is missing; "" if nothing is.
         errors: of the validation images by epoch; without --val-size they are the test images.
+        executed: share of the branches that ran in training, mean over the epochs.
         tests, best_tests: by gate mode, of the tested checkpoint and of model_best.pth.tar; see `read_tests`.
     """
 
@@ -94,6 +88,7 @@ class Run:
     args: dict[str, Any] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     seconds: float = 0
+    executed: float | None = None
     tests: dict[str, dict] = field(default_factory=dict)
     best_tests: dict[str, dict] = field(default_factory=dict)
     notes: str = ""
@@ -117,7 +112,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise utils.InputError(f"{path} is damaged: move it away") from error
+        raise InputError(f"{path} is damaged: move it away") from error
 
 
 def read_tests(path: Path) -> dict[str, dict]:
@@ -127,7 +122,7 @@ def read_tests(path: Path) -> dict[str, dict]:
             mode: {"error": 100 - result["top1"], "epoch": int(result["epoch"])}
             | {"threshold": float(result.get("threshold", THRESHOLD))}
             | {key: float(result[key]) if key in result else None for key in COSTS}
-            for mode, result in utils.read_json(path).items()
+            for mode, result in read_json(path).items()
         }
 
 
@@ -141,21 +136,23 @@ def read_run(folder: Path, flags: str = "", modes: Sequence[str] = GATE_MODES) -
     Raises:
         InputError: if a file is damaged, naming it.
     """
-    args, gated = utils.read_json(folder / utils.ARGS), len(modes) > 1
+    args, gated = read_json(folder / ARGS), len(modes) > 1
     if not args:
         return Run(folder.name, gated)
-    with naming(folder / utils.METRICS):
-        records = utils.read_records(folder)
+    with naming(folder / METRICS):
+        records = read_records(folder)
         errors = {record["epoch"]: 100 - record["val"]["top1"] for record in records}
         seconds = sum(record["seconds"] for record in records)
-    tests, best_tests = read_tests(folder / utils.TEST), read_tests(folder / BEST_TEST)
-    with naming(folder / utils.ARGS):
+        rates = [record["train"]["execution_rate"] for record in records]
+    tests, best_tests = read_tests(folder / TEST), read_tests(folder / BEST_TEST)
+    with naming(folder / ARGS):
         commands = [FOLDERS.sub("", line) for line in args.get("commands") or [args["command"]]]
         args = {**args, "commands": commands, "parameters": int(args["parameters"])}
         state = shortcoming(args, errors, tests, flags, modes)
     notes = folder / "notes.md"
     text = notes.read_text().strip() if notes.exists() else ""
-    return Run(folder.name, gated, state, args, errors, seconds, tests, best_tests, text)
+    executed = statistics.mean(rates) if rates else None
+    return Run(folder.name, gated, state, args, errors, seconds, executed, tests, best_tests, text)
 
 
 def shortcoming(args: dict, errors: dict, tests: dict, flags: str, modes: Sequence[str]) -> str:
@@ -176,9 +173,9 @@ def shortcoming(args: dict, errors: dict, tests: dict, flags: str, modes: Sequen
 def read_protocol(results: Path) -> Runs:
     """All runs of the protocol, also those that have not begun."""
     runs = {}
-    for name, flags in reproduction.protocol():
+    for name, flags in reproduction.protocol(dropped=True):
         modes = [mode for mode in reproduction.tests(name, flags) if mode in GATE_MODES]  # the rest is a bonus
-        runs[name] = read_run(results / name, flags, modes)
+        runs[name] = read_run(results / RUNS / name, flags, modes)
     return runs
 
 
@@ -324,10 +321,19 @@ def verdict_section(runs: Runs) -> str:
 Mean error of the last epoch; points are percentage points. "beat": the interval lies wholly below 0; "missed": wholly
 above. The first row is the protocol's question; the intervals of the others are not corrected for their number.
 
-Adaptivity or regularisation? Against stochastic depth, in mode `sample`: {show_difference(control)} points;
-{ADAPTIVITY[verdict(control)]}
+Against stochastic depth, in mode `sample`: {show_difference(control)} points, {verdict(control)}.
+{show_shares(runs)}
 Stochastic depth drops branches in training only, and runs all of them in the test. So does AIG in mode `expected`:
 {show_difference(dense)} points, {verdict(dense)}."""
+
+
+def show_shares(runs: Runs) -> str:
+    """The shares of the branches that stochastic depth and AIG ran in training."""
+    kept = 1 - float(ARMS[CONTROL].split()[-1])
+    ours = [run.executed for run in whole(runs, AIG).values()]
+    executed = f"{min(ours):.3f} to {max(ours):.3f} (mean over the epochs, {len(ours)} seeds)" if ours else UNKNOWN
+    return f"""In training stochastic depth keeps {kept:.2f} of the branches (1 - its drop rate);
+AIG executed {executed}."""
 
 
 def headline(runs: Runs, mode: str, words: str) -> str:
@@ -369,6 +375,10 @@ def protocol_section(runs: Runs) -> str:
     python -m benchmarks.report                                                   # this file
 
 DIR holds `train/` and `test/`, with a folder per class in each.
+
+The five `small-option-temperature` rows are records: train.py no longer has `--temperature-end`. "Every run" names the
+commit of each. To run one again, check out commit 0014ec0, whose train.py still has the flag; the second
+line above works there.
 
 In the words of `benchmarks/reproduction.py`:
 
@@ -424,11 +434,11 @@ same. No run with a remark is in the means.
 def options_section(runs: Runs) -> str:
     none = {mode: tests_of(runs, AIG, mode) for mode in MODES}
     rows = [("none", mode, show_seeds(runs, AIG), *show_tests(none[mode]), NONE, NONE) for mode in MODES]
-    for option in OPTIONS:
+    for option in TRIED:
         for mode in MODES:
             tests = tests_of(runs, arm := f"option-{option}", mode)
             rows.append((option, mode, show_seeds(runs, arm), *show_tests(tests), *show_changes(tests, none[mode])))
-    flags = "; ".join(f"{option}: `{flags}`" for option, flags in OPTIONS.items())
+    flags = "; ".join(f"{option}: `{flags}`" for option, flags in TRIED.items())
     pairs = list(reestimations(runs))
     changes = "change of error, points (95 % interval) | change of computation, points of MAC fraction"
     return f"""## The options
@@ -448,7 +458,7 @@ The same weights with BatchNorm's statistics re-estimated for the gate mode of t
 
 def reestimations(runs: Runs) -> Iterator[tuple[str, ...]]:
     """Two rows for each arm that has been tested with BatchNorm re-estimated, too."""
-    for arm in (*ARMS, *(f"option-{option}" for option in OPTIONS)):
+    for arm in (*ARMS, *(f"option-{option}" for option in TRIED)):
         both = [run for run in whole(runs, arm).values() if REESTIMATED in run.tests]
         before, after = ([run.tests[mode] for run in both] for mode in ("argmax", REESTIMATED))
         if both:
@@ -531,7 +541,7 @@ def report(results: Path) -> str:
         InputError: if a file of a run is damaged, naming it.
     """
     runs = read_protocol(results)
-    folders = sorted(path.parent for path in results.glob(f"*/{utils.ARGS}"))
+    folders = sorted(path.parent for path in (results / RUNS).glob(f"*/{ARGS}"))
     others = [read_run(folder) for folder in folders if folder.name not in runs]
     sections = (verdict_section(runs), protocol_section(runs), arms_section(runs), runs_section(runs),
                 options_section(runs), full_section(runs), curve_section(results / CURVE), others_section(others))
@@ -539,19 +549,19 @@ def report(results: Path) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=reproduction.ROOT / "results", metavar="DIR")
     parser.add_argument("--check", action="store_true", help="write nothing; status 2 if README.md differs")
     args = parser.parse_args(argv)
     if not args.results.is_dir():
-        raise utils.InputError(f"--results {args.results}: no such folder")
+        raise InputError(f"--results {args.results}: no such folder")
     text, path = report(args.results), args.results / "README.md"
     if not args.check:
-        with utils.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(text.encode())
     elif not path.exists() or path.read_text() != text:
-        raise utils.InputError(f"{path} is not what its runs say: run python -m benchmarks.report")
+        raise InputError(f"{path} is not what its runs say: run python -m benchmarks.report")
 
 
 if __name__ == "__main__":
-    cli.main(main, "report")
+    run_command(main, "report")

@@ -5,11 +5,11 @@
     python -m benchmarks.reproduction --data DIR --only small-plain-s1 --results again    # a row once more
 
 A training that was cut off goes on where it was. Its last epoch is tested in every gate mode, and its records, logs
-and results are copied to results/NAME, or below --results; what is there already is not done again. This file is the
-protocol: it is committed before the first training that counts.
+and results are copied to results/runs/NAME, or to DIR/runs/NAME with --results DIR; what is there already is not done
+again. This file is the protocol: it is committed before the first training that counts.
 
 The small protocol. AIG ResNet-20 at target rates 0.7 and 0.5, the plain ResNet-20, and the plain one with stochastic
-depth at a drop rate of 1 - 0.7, which tells adaptivity from mere regularisation: 10,000 training images, always the
+depth at a drop rate of 1 - 0.7, meant to tell adaptivity from mere regularisation: 10,000 training images, always the
 same ones, 12 epochs, five seeds, every other flag the same. (The learning rate 0.03 was chosen before, against 0.1,
 on the first epochs of a *plain* net with seed 0: 38.5 % right after the second, against 32.2 %.) The measure is the
 error of the *last* epoch on the whole test set, in gate mode `sample` for AIG as in the authors' code, with `argmax`
@@ -28,7 +28,6 @@ distance between them shrinks.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -40,11 +39,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import cli
-import utils
+from aig.checkpoint import BEST, CHECKPOINT
+from aig.console import InputError, Parser, number, run_command
+from aig.runs import ARGS, METRICS, TEST, read_json
 from convnet_aig import GATE_MODES
 
 ROOT = Path(__file__).parent.parent
+RUNS = "runs"  # the folder below results/ that holds a folder for every run
 BEST_TEST = "test_best.json"  # as test.json, of model_best.pth.tar
 SEEDS = range(1, 6)
 SMALL = "--depth 20 --train-size 10000 --batch-size 64 --epochs 12 --milestones 8 11 --lr 0.03"
@@ -59,14 +60,19 @@ ARMS = {
 OPTIONS = {
     "lrfact": "--target 0.7 --lrfact 10",
     "target-warmup": "--target 0.7 --target-warmup 4",
-    "temperature": "--target 0.7 --temperature 2 --temperature-end 0.5",
 }
+DROPPED = {"temperature": "--target 0.7 --temperature 2 --temperature-end 0.5"}  # of train.py until commit 0014ec0
 FULL_RUNS = {"aig-t0.7": "--target 0.7", "plain": "--target 1", "aig-t0.7-val5000": "--target 0.7 --val-size 5000"}
 LONG_RUNS = {"aig-t0.7": "--target 0.7", "plain": "--target 1"}
 
 
-def protocol() -> Iterator[tuple[str, str]]:
-    """The name and the flags of every training, in the order in which they run."""
+def protocol(dropped: bool = False) -> Iterator[tuple[str, str]]:
+    """The name and the flags of every training, in the order in which they run.
+
+    Args:
+        dropped: include those of `DROPPED`, which have been run, and which train.py cannot run any more.
+    """
+    options = OPTIONS | DROPPED if dropped else OPTIONS
     for arm in ("aig-t0.7", "plain"):
         yield f"full-{arm}", f"{FULL} {FULL_RUNS[arm]} --seed 1"
     for seed in SEEDS:  # all arms of a seed before the next: cut off anywhere, no arm is ahead
@@ -74,7 +80,7 @@ def protocol() -> Iterator[tuple[str, str]]:
             yield f"small-{arm}-s{seed}", f"{SMALL} {flags} --seed {seed}"
     yield "full-aig-t0.7-val5000", f"{FULL} {FULL_RUNS['aig-t0.7-val5000']} --seed 1"
     for seed in SEEDS:
-        for option, flags in OPTIONS.items():
+        for option, flags in options.items():
             yield f"small-option-{option}-s{seed}", f"{SMALL} {flags} --seed {seed}"
     for arm, flags in LONG_RUNS.items():
         yield f"long-{arm}", f"{LONG} {flags} --seed 1"
@@ -87,7 +93,7 @@ def training(name: str, flags: str, data: str) -> list[str]:
 
 def tests(name: str, flags: str) -> dict[str, list[str]]:
     """The command lines that test the last epoch, by their key in test.json."""
-    test = ["train.py", "--test", "--resume", f"runs/{name}/{utils.CHECKPOINT}"]
+    test = ["train.py", "--test", "--resume", f"runs/{name}/{CHECKPOINT}"]
     if "--target 1" in flags:  # without gates all modes are the same
         return {"argmax": test}
     anew = {"argmax+bn": [*test, "--reestimate-bn"]}
@@ -100,7 +106,7 @@ def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> 
     Raises:
         InputError: if a command failed, naming the log that says why.
     """
-    kept, folder = results / name, ROOT / "runs" / name
+    kept, folder = results / RUNS / name, ROOT / "runs" / name
     best = folder / "best"  # a folder of its own, because tests are written beside the checkpoint
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -111,38 +117,39 @@ def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> 
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
             line = [sys.executable, *command]
             if status := subprocess.run(line, cwd=ROOT, env=environment, stdout=file, stderr=file).returncode:
-                raise utils.InputError(f"{name} ended with status {status}: {folder / log} says why")
+                raise InputError(f"{name} ended with status {status}: {folder / log} says why")
 
-    missing = {key: line for key, line in tests(name, flags).items() if key not in utils.read_json(kept / utils.TEST)}
-    if not (kept / utils.TEST).exists():
+    missing = {key: line for key, line in tests(name, flags).items() if key not in read_json(kept / TEST)}
+    if not (kept / TEST).exists():
         call("train.log", *training(name, flags, data))
     for line in missing.values():
         call("test.log", *line)
     untested = "--val-size" in flags and not (kept / BEST_TEST).exists()
     if untested:
         best.mkdir(exist_ok=True)
-        shutil.copyfile(folder / utils.BEST, best / utils.BEST)
-        call("test.log", "train.py", "--test", "--resume", f"runs/{name}/best/{utils.BEST}")
+        shutil.copyfile(folder / BEST, best / BEST)
+        call("test.log", "train.py", "--test", "--resume", f"runs/{name}/best/{BEST}")
     if missing or untested:
         kept.mkdir(parents=True, exist_ok=True)
-        for file in (utils.ARGS, utils.METRICS, "train.log", "test.log", utils.TEST):
+        for file in (ARGS, METRICS, "train.log", "test.log", TEST):
             shutil.copyfile(folder / file, kept / file)
         if best.exists():
-            shutil.copyfile(best / utils.TEST, kept / BEST_TEST)
+            shutil.copyfile(best / TEST, kept / BEST_TEST)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.Parser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", required=True, metavar="DIR", help="holds train/ and test/, a folder per class")
     parser.add_argument("--only", default="", metavar="PREFIX", help="of the names of the trainings")
-    parser.add_argument("--jobs", type=cli.number(int, 1), default=2, help="trainings at a time")
-    parser.add_argument("--threads", type=cli.number(int, 1), default=1, help="of each; results depend on it")
-    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="where results are kept")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, help="trainings at a time")
+    parser.add_argument("--threads", type=number(int, 1), default=1, help="of each; results depend on it")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
+                        help="results are kept in DIR/runs/NAME")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
     args = parser.parse_args(argv)
     runs = [(name, flags) for name, flags in protocol() if name.startswith(args.only)]
     if not runs:
-        raise utils.InputError(f"--only {args.only}: no training has such a name; see --list")
+        raise InputError(f"--only {args.only}: no training has such a name; see --list")
     if args.list:
         for name, flags in runs:
             for line in (training(name, flags, args.data), *tests(name, flags).values()):
@@ -155,4 +162,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, "reproduction")
+    run_command(main, "reproduction")
