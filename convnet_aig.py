@@ -12,29 +12,25 @@ This module owns the gate, the blocks, the backbones, their constructors and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import stochastic_depth
+from torch.nn.utils import fuse_linear_bn_weights
 
 from gumbelmodule import gumbel_noise, gumbel_softmax
 
 GATE_MODES = ("argmax", "sample", "expected", "all")
 RUNS_EVERYTHING = ("expected", "all")  # the modes that execute every branch
+GATE_LAYERS = ("fc1", "fc1bn", "fc2")  # of a block, by the names in the public parameter keys
 GATE_WIDTH = 16  # hidden units of a gate
-LAYERS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3), "resnet152": (3, 8, 36, 3)}  # blocks by stage
-PAPER_RATES = {  # early, last and downsampling blocks always run
-    "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",
-    "resnet101": ",".join(["1"] * 8 + ["t"] * 25),
-}
 
 
-def conv3x3(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+def conv3x3(in_planes: int, planes: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_planes, planes, 3, stride, padding=1, groups=groups, bias=False)
 
 
 def conv1x1(in_planes: int, planes: int, stride: int = 1) -> nn.Conv2d:
@@ -49,6 +45,13 @@ def draw_noise(num_gates: int, num_images: int, like: Tensor) -> Tensor:
 def log_odds(probability: float) -> float:
     """The difference of two logits, "execute" - "skip", at which P(open) is `probability`."""
     return math.log(probability / (1 - probability))
+
+
+def conv_macs(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, tuple[int, int]]:
+    """The multiply-accumulates for one image of `size` (H, W), and the size of the output."""
+    geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
+    height, width = ((length + 2 * padding - kernel) // stride + 1 for length, kernel, stride, padding in geometry)
+    return conv.weight.numel() * height * width, (height, width)
 
 
 class ScaledBranch(torch.autograd.Function):
@@ -66,51 +69,20 @@ class ScaledBranch(torch.autograd.Function):
         return gradient * z.to(gradient.dtype).view(-1, 1, 1, 1), of_z
 
 
-class GatedBlock(nn.Module):
-    """A residual block with its gate; subclasses build the branch and say in which order its `layers` run.
+class Gate(nn.Module):
+    """Global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits (sec. 3.2), index 1 meaning "execute".
 
-    The gate is global average pool -> fc1 -> BatchNorm -> ReLU -> fc2 -> two logits, of which
-    index 1 means "execute". Its layers are attributes of the block itself because the public parameter
-    keys are `fc1`, `fc1bn`, `fc2`; `fc1` and `fc2` are 1x1 convolutions there, hence their 4-D weights.
-
-    Attributes:
-        gated: whether there is a gate.
-        drop_rate: without one, the probability that the branch is dropped for an image in training, the kept ones
-            being scaled up: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity.
+    A base class of the blocks, because the public keys name its layers as the block's own: `fc1`, `fc1bn`, `fc2`,
+    of which `fc1` and `fc2` are 1x1 convolutions with 4-D weights. Another gate is another class with these methods.
     """
 
-    expansion: int
-
-    def __init__(self, in_planes: int, planes: int, stride: int = 1, gated: bool = True) -> None:
-        super().__init__()
-        out_planes = planes * self.expansion
-        self.build_residual(in_planes, planes, stride)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or in_planes != out_planes:
-            self.shortcut = nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
-        self.gated = gated
-        self.drop_rate = 0.0
-        if gated:
-            self.fc1 = nn.Conv2d(in_planes, GATE_WIDTH, 1)
-            self.fc1bn = nn.BatchNorm1d(GATE_WIDTH)
-            self.fc2 = nn.Conv2d(GATE_WIDTH, 2, 1)
-            nn.init.normal_(self.fc2.weight, 0, 0.001)
-            # softmax(0.1, 2.0) = 0.87 open at the start, the paper's setting
-            self.fc2.bias.data = torch.tensor([0.1, 2.0])
-
-    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
-        raise NotImplementedError
-
-    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-        """The convolutions of the branch with their BatchNorms, first to last."""
-        raise NotImplementedError
-
-    def residual(self, x: Tensor) -> Tensor:
-        """F_l(x): the branch up to its last BatchNorm, (N, C, H, W) -> (N, C', H', W')."""
-        *inner, (last_conv, last_bn) = self.layers()
-        for conv, bn in inner:
-            x = F.relu(bn(conv(x)), inplace=True)
-        return last_bn(last_conv(x))
+    def build_gate(self, in_planes: int) -> None:
+        self.fc1 = nn.Conv2d(in_planes, GATE_WIDTH, 1)
+        self.fc1bn = nn.BatchNorm1d(GATE_WIDTH)
+        self.fc2 = nn.Conv2d(GATE_WIDTH, 2, 1)
+        nn.init.normal_(self.fc2.weight, 0, 0.001)
+        # softmax(0.1, 2.0) = 0.87 open at the start, the paper's setting
+        self.fc2.bias.data = torch.tensor([0.1, 2.0])
 
     def gate_logits(self, x: Tensor) -> Tensor:
         """The relevance scores of "skip" and "execute", (N, C, H, W) -> (N, 2), never in reduced precision."""
@@ -121,7 +93,92 @@ class GatedBlock(nn.Module):
             h = F.relu(self.fc1bn(h))
             return F.linear(h, self.fc2.weight.flatten(1), self.fc2.bias)  # (N, 2)
 
-    def gate(self, x: Tensor, mode: str, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
+    def fold_gate(self) -> FoldedGate:
+        """The gate for inference."""
+        return FoldedGate(self.fc1, self.fc1bn, self.fc2)
+
+    def gate_macs(self) -> int:
+        """Multiply-accumulates of the folded gate for one image."""
+        return self.fc1.weight.numel() + self.fc1.out_channels
+
+
+class FoldedGate:
+    """A gate with its BatchNorm folded in, and one output: the log-odds of "execute" instead of two logits.
+
+    No Module: for one small image, the work of Module itself would be felt.
+    """
+
+    def __init__(self, fc1: nn.Conv2d, bn: nn.BatchNorm1d, fc2: nn.Conv2d) -> None:
+        statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
+        weight1, bias1 = fuse_linear_bn_weights(fc1.weight.flatten(1), fc1.bias, *statistics)
+        skip, execute = fc2.weight.detach().flatten(1)
+        self.weight1, self.bias1 = weight1.detach().t().contiguous(), bias1.detach()  # (C, 16), (16,)
+        self.weight2, self.bias2 = (execute - skip)[:, None], fc2.bias.detach().diff()  # (16, 1), (1,)
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Applies what `nn.Module.to` applies to each tensor."""
+        for name, value in vars(self).items():
+            setattr(self, name, function(value))
+
+    def pool(self, x: Tensor) -> Tensor:
+        """What the gate needs of its input, (N, C, H, W) -> (N, C): the sums over the pixels."""
+        return x.sum((2, 3))
+
+    def __call__(self, pooled: Tensor, pixels: int) -> Tensor:
+        """What `pool` returned for images of so many pixels -> log-odds (N, 1)."""
+        h = torch.addmm(self.bias1, pooled, self.weight1, alpha=1 / pixels).relu_()  # (N, 16)
+        return torch.addmm(self.bias2, h, self.weight2)
+
+
+class GatedBlock(Gate):
+    """A residual block behind its gate; subclasses build the branch and say in which order its `layers` run.
+
+    Attributes:
+        gated: whether there is a gate.
+        drop: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity, for blocks without one.
+    """
+
+    expansion: int
+
+    def __init__(
+        self, in_planes: int, planes: int, stride: int = 1, gated: bool = True,
+        groups: int = 1, width_per_group: int = 64,
+    ) -> None:
+        super().__init__()
+        out_planes = planes * self.expansion
+        self.build_residual(in_planes, planes, stride, groups, planes * width_per_group // 64 * groups)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_planes != out_planes:
+            self.shortcut = nn.Sequential(conv1x1(in_planes, out_planes, stride), nn.BatchNorm2d(out_planes))
+        self.gated = gated
+        self.drop: nn.Module = nn.Identity()
+        if gated:
+            self.build_gate(in_planes)
+
+    def build_residual(self, in_planes: int, planes: int, stride: int, groups: int, width: int) -> None:
+        raise NotImplementedError
+
+    def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
+        """The convolutions of the branch with their BatchNorms, first to last."""
+        raise NotImplementedError
+
+    def macs(self, size: Sequence[int]) -> tuple[int, int, int, Sequence[int]]:
+        """Multiply-accumulates of shortcut, branch and gate for an input of `size` (H, W); the size of the output."""
+        shortcut = conv_macs(self.shortcut[0], size)[0] if len(self.shortcut) else 0
+        branch = 0
+        for conv, _ in self.layers():
+            count, size = conv_macs(conv, size)
+            branch += count
+        return shortcut, branch, self.gate_macs() if self.gated else 0, size
+
+    def residual(self, x: Tensor) -> Tensor:
+        """F_l(x): the branch up to its last BatchNorm, (N, C, H, W) -> (N, C', H', W')."""
+        *inner, (last_conv, last_bn) = self.layers()
+        for conv, bn in inner:
+            x = F.relu(bn(conv(x)), inplace=True)
+        return last_bn(last_conv(x))
+
+    def decide(self, x: Tensor, mode: str, threshold: float, temperature: float, noise: Tensor | None) -> Tensor:
         """The multiplier z of the branch, (N, C, H, W) -> (N,)."""
         logits = self.gate_logits(x)
         if mode == "sample":
@@ -155,10 +212,8 @@ class GatedBlock(nn.Module):
         """
         shortcut, residual = self.shortcut(x), self.residual(x)
         if not self.gated or mode == "all":
-            if self.drop_rate and self.training:
-                residual = stochastic_depth(residual, self.drop_rate, mode="row")
-            return F.relu(residual.add_(shortcut), inplace=True), x.new_ones(len(x))
-        z = self.gate(x, mode, threshold, temperature, noise)
+            return F.relu(self.drop(residual).add_(shortcut), inplace=True), x.new_ones(len(x))
+        z = self.decide(x, mode, threshold, temperature, noise)
         autocast = residual.dtype != z.dtype
         out = ScaledBranch.apply(residual, z) if autocast else residual * z.view(-1, 1, 1, 1)
         return F.relu(out.add_(shortcut), inplace=True), z
@@ -169,7 +224,9 @@ class BasicBlock(GatedBlock):
 
     expansion = 1
 
-    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
+    def build_residual(self, in_planes: int, planes: int, stride: int, groups: int, width: int) -> None:
+        if (groups, width) != (1, planes):
+            raise ValueError("BasicBlock has no groups and no width of its own: use Bottleneck")
         self.conv1 = conv3x3(in_planes, planes, stride)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = conv3x3(planes, planes)
@@ -180,16 +237,19 @@ class BasicBlock(GatedBlock):
 
 
 class Bottleneck(GatedBlock):
-    """1x1, 3x3 and 1x1 convolution, (N, C, H, W) -> (N, 4 planes, H/stride, W/stride)."""
+    """1x1, 3x3 and 1x1 convolution, (N, C, H, W) -> (N, 4 planes, H/stride, W/stride).
+
+    The 3x3 convolution has `planes` channels in one group, except in ResNeXt and wide ResNets.
+    """
 
     expansion = 4
 
-    def build_residual(self, in_planes: int, planes: int, stride: int) -> None:
-        self.conv1 = conv1x1(in_planes, planes)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = conv3x3(planes, planes, stride)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = conv1x1(planes, planes * self.expansion)
+    def build_residual(self, in_planes: int, planes: int, stride: int, groups: int, width: int) -> None:
+        self.conv1 = conv1x1(in_planes, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = conv3x3(width, width, stride, groups)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
@@ -230,10 +290,12 @@ class AdaptiveResNet(nn.Module):
         num_blocks: Sequence[int],
         planes: Sequence[int],
         target_rates: Sequence[float] | None,
+        **width: int,
     ) -> int:
         """Builds `layer1`, `layer2`, ... with the stride in the first block of all but the first.
 
-        Returns the number of channels after the last. Raises ValueError if target_rates do not fit.
+        `width` may hold `groups` and `width_per_group`. Returns the number of channels after the last block.
+        Raises ValueError if target_rates do not fit.
         """
         total = sum(num_blocks)
         # without rates every block is gated; the rates themselves matter only to the loss
@@ -241,12 +303,12 @@ class AdaptiveResNet(nn.Module):
         gated = iter([True] * total if target_rates is None else [rate < 1 for rate in target_rates])
         self.stages = list(num_blocks)
         in_planes = planes[0]
-        for stage, (depth, width) in enumerate(zip(num_blocks, planes, strict=True), start=1):
+        for stage, (depth, channels) in enumerate(zip(num_blocks, planes, strict=True), start=1):
             layers = []
             for i in range(depth):
                 stride = 2 if stage > 1 and i == 0 else 1
-                layers.append(block(in_planes, width, stride, gated=next(gated)))
-                in_planes = width * block.expansion
+                layers.append(block(in_planes, channels, stride, next(gated), **width))
+                in_planes = channels * block.expansion
             setattr(self, f"layer{stage}", nn.Sequential(*layers))
         return in_planes
 
@@ -258,18 +320,18 @@ class AdaptiveResNet(nn.Module):
     def num_gates(self) -> int:
         return sum(block.gated for block in self.blocks())
 
-    def set_drop_rate(self, rate: float) -> None:
-        """Trains the blocks that have no gate with stochastic depth, see `GatedBlock`."""
-        for block in self.blocks():
-            block.drop_rate = rate
+    def set_drop_rates(self, rates: Sequence[float]) -> None:
+        """Trains the blocks without gate with stochastic depth: each drops its branch with its rate."""
+        from torchvision.ops import StochasticDepth  # here, because importing torchvision takes seconds
+
+        for block, rate in zip(self.blocks(), rates, strict=True):
+            block.drop = StochasticDepth(rate, "row")
 
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""
         return self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
 
-    def forward(
-        self, x: Tensor, temperature: float = 1, noise: Tensor | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Tensor, temperature: float = 1, noise: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
         """Classifies images, each through its own inference graph.
 
         Args:
@@ -325,8 +387,9 @@ class ResNet_cifar(AdaptiveResNet):
 class ResNet_ImageNet(AdaptiveResNet):
     """The ResNet for photographs: four stages of 64, 128, 256 and 512 planes after a 7x7 stem and a max-pool.
 
-    Arguments as for `ResNet_cifar`, with the blocks of four stages in `layers`. Convolutions, those of the
-    gates' `fc1` included, start at N(0, sqrt(2 / (k * k * out_channels))).
+    Arguments as for `ResNet_cifar`, with the blocks of four stages in `layers`; `groups` and `width_per_group` make a
+    ResNeXt or a wide ResNet, as in torchvision. Convolutions, the gates' `fc1` included, start at
+    N(0, sqrt(2 / (k * k * out_channels))).
     """
 
     def __init__(
@@ -335,12 +398,15 @@ class ResNet_ImageNet(AdaptiveResNet):
         layers: Sequence[int],
         num_classes: int = 1000,
         target_rates: Sequence[float] | None = None,
+        groups: int = 1,
+        width_per_group: int = 64,
     ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
-        features = self.build_stages(block, layers, (64, 128, 256, 512), target_rates)
+        width = {"groups": groups, "width_per_group": width_per_group}
+        features = self.build_stages(block, layers, (64, 128, 256, 512), target_rates, **width)
         self.linear = nn.Linear(features, num_classes)
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d) and not name.endswith("fc2"):
@@ -352,19 +418,37 @@ def ResNet110_cifar(nclass: int = 10, target_rates: Sequence[float] | None = Non
     return ResNet_cifar(BasicBlock, (18, 18, 18), nclass, target_rates)
 
 
+# Further backbones go here: (block, blocks by stage[, groups, width per group]), under torchvision's names
+ARCHS: dict[str, tuple] = {
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+PAPER_RATES = {  # sec. 4.2: early, last and downsampling blocks always run
+    "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",
+    "resnet101": ",".join(["1"] * 8 + ["t"] * 25),
+}
+
+
+def make_resnet(arch: str, num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
+    """The network of this name in ARCHS; arguments as for `ResNet_cifar`."""
+    block, layers, *width = ARCHS[arch]
+    return ResNet_ImageNet(block, layers, num_classes, target_rates, *width)
+
+
 def ResNet50_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-50, 16 blocks, 25,768,264 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], num_classes, target_rates)
+    return make_resnet("resnet50", num_classes, target_rates)
 
 
 def ResNet101_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-101, 33 blocks, 45,040,314 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, LAYERS["resnet101"], num_classes, target_rates)
+    return make_resnet("resnet101", num_classes, target_rates)
 
 
 def ResNet152_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-152, 50 blocks, 60,931,116 parameters with every block gated."""
-    return ResNet_ImageNet(Bottleneck, LAYERS["resnet152"], num_classes, target_rates)
+    return make_resnet("resnet152", num_classes, target_rates)
 
 
 def target_rates_of(schedule: str, arch: str, target: float) -> list[float]:
@@ -373,13 +457,13 @@ def target_rates_of(schedule: str, arch: str, target: float) -> list[float]:
     Args:
         schedule: "uniform" (every block at target), "paper" (the paper's own, which it gives for ResNet-50 and
             ResNet-101), or one rate per block, comma-separated, where `t` stands for the target.
-        arch: a key of LAYERS.
+        arch: a key of ARCHS.
         target: t.
 
     Raises:
         ValueError: if the schedule is unknown, has another length, or leaves [0, 1].
     """
-    num_blocks = sum(LAYERS[arch])
+    num_blocks = sum(ARCHS[arch][1])
     if schedule == "uniform":
         return [target] * num_blocks
     if schedule == "paper":

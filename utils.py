@@ -1,553 +1,439 @@
-"""What surrounds a run: input errors, seeds, devices, accuracy, checkpoints and the files of a run folder."""
+"""What `train.py` and `train_img.py` share: their flags, resuming, running. Nothing below this module sees `args`."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import fcntl
-import hashlib
-import io
-import json
+import argparse
+import dataclasses
 import math
-import os
-import platform
-import signal
-import subprocess
-import threading
-import time
-import warnings
-import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-import torchvision
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import nn
 
-import processes
+from aig import checkpoint as files
+from aig import dashboard, distributed, environment, evaluation, runs
+from aig.console import InputError, Parser, experiment_name, number, say
+from aig.data import Batching, Choice, Loaders, open_loaders
+from aig.engine import AMP, Recipe, fit, make_optimizer
+from aig.losses import Objective
+from aig.state import State, enter_epoch, restore
+from convnet_aig import GATE_MODES, AdaptiveResNet
 
-CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"
-ARGS, METRICS, TEST, MATRIX = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy"
-KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float), "is_best": (bool,), "sums": (dict,)}
-RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LOCK = ".lock"
-MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would read nothing
-PATIENCE = 10  # seconds to wait for a run folder; the workers of a killed process keep it for 5
-
-
-class InputError(Exception):
-    """Bad arguments, or missing or unfit input: one line that says what to do; exit status 2."""
+AUTO = "auto"
+# flags of one call, never taken over from a checkpoint
+PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
+PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env")
+DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
 
-class TrainingError(Exception):
-    """A run that cannot go on, for a non-finite loss or a full disk: one line; exit status 1."""
+# ---------------------------------------------------------------------------------------------- flags
 
 
-class Interrupted(Exception):
-    """A signal stopped the run; what it had done is saved.
-
-    Attributes:
-        number: of the signal.
-    """
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(f"{signal.Signals(number).name}: {message}")
-        self.number = number
-
-
-class Signals:
-    """Inside of a `with`, the first SIGINT, SIGTERM or SIGUSR1 is only noted, in `received`; the next acts as usual.
-
-    Under torchrun it does not: torchrun itself sends a second one, and kills what does not end.
-    """
-
-    def __init__(self) -> None:
-        self.received = 0
-        self.usual: dict[int, Any] = {}
-
-    def __enter__(self) -> Signals:
-        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
-            handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-            self.usual = {number: signal.signal(number, self.note) for number in handled}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler)
-
-    def note(self, number: int, frame: Any) -> None:
-        self.received = number
-        if processes.world().size == 1:
-            self.__exit__()
+def make_parser(description: str, **defaults: Any) -> Parser:
+    """A parser with the flags of both scripts; `defaults` sets those that differ between the two."""
+    parser = Parser(description=description)
+    add_run_flags(parser.add_argument_group("run"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_speed_flags(parser.add_argument_group("speed of training"))
+    add_evaluation_flags(parser.add_argument_group("evaluation"))
+    parser.set_defaults(**defaults)
+    return parser
 
 
-# ---------------------------------------------------------------------------------------------- seeds, memory, devices
+def add_run_flags(run: argparse._ArgumentGroup) -> None:
+    positive = number(int, 1)
+    run.add_argument("--expname", type=experiment_name, help="name of the experiment and its run folder")
+    run.add_argument("--save", default="", metavar="DIR", help="root of the run folders; '' means runs")
+    run.add_argument("--overwrite", action="store_true", help="replace an earlier run of that name")
+    run.add_argument("--resume", default="", metavar="RUN",
+                     help="continue (or --test) this checkpoint or run folder; auto: the run folder's, if it has one")
+    run.add_argument("--stop-after", type=positive, metavar="N", help="end after N more epochs, schedule unchanged")
+    run.add_argument("--checkpoint-minutes", type=number(float, above=0), metavar="M",
+                     help="save in mid-epoch, too, every M minutes")
+    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+                     help="where to compute; auto takes a GPU if there is one")
+    run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
+    run.add_argument("--seed", type=number(int, 0), default=1, help="of weights, shuffling, augmentation and noise")
+    run.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False,
+                     help="only algorithms that repeat exactly; else an error")
+    run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
+    dashboard.add_visdom_flags(run)
+    run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
+    run.add_argument("--log-interval", type=positive, default=20, help="steps between refreshes of the progress bar")
 
 
-def keep_memory() -> bool:
-    """Has glibc keep freed memory for the next tensors, instead of returning it to the system with every training step.
-
-    Returned pages come back one page fault at a time, which can take a third of the time of a step on a CPU
-    (results/memory.log). Returns whether this C library has the setting.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError):  # another C library
-        return False
-    # where large blocks come from, up to 32 MiB in older versions; only then what becomes of them, because that setting
-    # alone would stop glibc from adapting the first by itself
-    largest = 2**31 - 1
-    mapped = any(mallopt(M_MMAP_THRESHOLD, size) for size in (largest, 2**25))
-    return mapped and bool(mallopt(M_TRIM_THRESHOLD, largest))
-
-
-def derive_seed(*key: int | str) -> int:
-    """A 64-bit seed that is a function of the key, such as (seed, "noise", epoch, step), and of nothing else."""
-    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+def add_training_flags(training: argparse._ArgumentGroup) -> None:
+    above0, natural = number(float, above=0), number(int, 0)
+    training.add_argument("--epochs", type=number(int, 1, 100_000), help="length of the schedule")
+    training.add_argument("--start_epoch", "--start-epoch", type=number(int, 1), default=1, help="first epoch to run")
+    training.add_argument("--batch-size", type=number(int, 2), default=256, help="of all processes together")
+    training.add_argument("--lr", "--learning-rate", type=above0, default=0.1, help="learning rate at the start")
+    training.add_argument("--warmup", type=natural, default=0, metavar="EPOCHS", help="epochs of linear rise to lr")
+    training.add_argument("--lrfact", type=number(float, 0), default=1, help="learning-rate factor of the gates")
+    training.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    training.add_argument("--weight-decay", "--wd", type=number(float, 0), help="of SGD")
+    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
+    training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
+    training.add_argument("--target-warmup", type=natural, default=0, metavar="EPOCHS",
+                          help="epochs in which the target rates fall from 1 to their values")
+    training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
+    training.add_argument("--stochastic-depth", type=probabilities, default=0, metavar="P[,P,...]",
+                          help="drop branches with this probability, one for all or one a block, in nets without gates")
 
 
-def select_device(name: str) -> torch.device:
-    """The device called auto, cpu, cuda or mps. Raises InputError if this machine does not have it."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, present in available.items() if present)
-    if not available[name]:
-        raise InputError(f"--device {name}: this machine or this build of torch has none; use --device auto or cpu")
-    if processes.world().size == 1 or name == "cpu":
-        return torch.device(name)
-    if name != "cuda":
-        raise InputError(f"--device {name}: several processes need CUDA or --device cpu")
-    gpu, gpus = processes.local_rank(), torch.cuda.device_count()
-    if gpu >= gpus:
-        raise InputError(f"this machine has {gpus} GPUs: use torchrun --nproc-per-node {gpus}")
-    torch.cuda.set_device(gpu)
-    return torch.device(name, gpu)
+def probabilities(text: str) -> float | list[float]:
+    """An argparse type: a number in [0, 1), or several with commas."""
+    values = [number(float, 0, below=1)(part) for part in text.split(",")]
+    return values if len(values) > 1 else values[0]
 
 
-def device_name(device: torch.device) -> str:
-    """What computes: the GPU's name, or the processor's and the number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    processor, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if cpuinfo.exists():  # on Linux, where platform knows no more than the architecture
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        processor = models[0] if models else processor
-    return f"{device.type} ({processor}, {torch.get_num_threads()} threads)"
+def add_speed_flags(speed: argparse._ArgumentGroup) -> None:
+    switch = argparse.BooleanOptionalAction
+    speed.add_argument("--amp", default="off", choices=AMP, help="mixed precision; gates and losses stay in float32")
+    speed.add_argument("--compile", action=switch, default=False, help="torch.compile: slow to start, then faster")
+    speed.add_argument("--channels-last", action=switch, default=True, help="memory format of images and weights")
+    speed.add_argument("--fused", action=switch, help="fused SGD (default: on CUDA)")
+    speed.add_argument("--tf32", action=switch,
+                       help="TF32 products on NVIDIA GPUs (default: torch's own, in convolutions only)")
+    speed.add_argument("--sync-bn", action=switch, default=False, help="BatchNorm over the images of all GPUs")
 
 
-def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A bar on the terminal; silent where there is none, and in all processes but the leading one."""
-    disable = None if processes.world().leads else True
-    return tqdm(iterable, description, total, leave=False, disable=disable, unit=unit, initial=initial)
+def add_evaluation_flags(evaluation: argparse._ArgumentGroup) -> None:
+    positive = number(int, 1)
+    evaluation.add_argument("--test", action="store_true", help="evaluate the --resume checkpoint and stop")
+    evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
+    evaluation.add_argument("--threshold", type=number(float, above=0, below=1), default=0.5, metavar="P",
+                            help="gate mode argmax opens a gate where P(open) is above this")
+    evaluation.add_argument("--dense", action="store_true",
+                            help="--test: compute every branch and mask it, instead of running only the open ones")
+    evaluation.add_argument("--test-size", type=positive, metavar="N",
+                            help="--test: only N of the images, the same ones every time")
+    evaluation.add_argument("--reestimate-bn", action="store_true",
+                            help="--test: take BatchNorm's statistics anew from the training images, in this gate mode")
+    evaluation.add_argument("--gate-samples", type=positive, default=5, help="seeds of --test --gate-mode sample")
 
 
-# ---------------------------------------------------------------------------------------------- measures
+def parse(
+    parser: Parser, argv: Sequence[str] | None, architecture: Sequence[str]
+) -> tuple[argparse.Namespace, dict | None]:
+    """The values of all flags, and the checkpoint of --resume.
 
-
-def topk_correct(logits: Tensor, labels: Tensor, ks: Iterable[int]) -> list[Tensor]:
-    """For each k, the number of images whose label is among the min(k, K) highest of logits (N, K): 0-d tensors."""
-    ks = list(ks)
-    predicted = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices  # (N, max k)
-    hits = predicted == labels[:, None]
-    return [hits[:, :k].sum() for k in ks]
-
-
-def get_mean_and_std(dataset: Iterable[tuple[Tensor, Any]]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation over all pixels, per channel.
-
-    Args:
-        dataset: yields (image, label) or (images, labels); images (..., C, H, W), uint8 or float in [0, 1].
-
-    Returns:
-        Two lists of C floats, in units of [0, 1].
-    """
-    count, total, squares = 0, 0.0, 0.0
-    for images, _ in dataset:
-        pixels = images.double() / 255 if images.dtype == torch.uint8 else images.double()
-        pixels = pixels.movedim(-3, 0).flatten(1)  # (C, pixels)
-        count += pixels.shape[1]
-        total = total + pixels.sum(1)
-        squares = squares + pixels.square().sum(1)
-    mean = total / count
-    return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that replaces `path` only once it is whole and on the disk.
+    Flags not given are taken from the checkpoint's own `args`. `architecture` names those that must not differ.
 
     Raises:
-        TrainingError: if it cannot be written, for lack of space for instance; `path` is then what it was.
+        InputError: on a bad command line or checkpoint.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    args, given = parser.parse_args(argv), parser.given(argv)
+    check_flags(args, given)
+    if args.resume == AUTO:
+        find_resumable(args, given)
+    if args.resume:
+        names = (runs.BEST, runs.CHECKPOINT) if args.test else (runs.CHECKPOINT,)
+        args.resume = given["resume"] = str(files.checkpoint_in(args.resume, *names))
+    if not args.resume:
+        if args.test:
+            raise InputError("--test needs the run to evaluate: --resume runs/NAME")
+        runs.check_vacant(new_folder(args), args.overwrite)
+        if args.start_epoch > args.epochs:
+            raise InputError(f"--start-epoch {args.start_epoch} comes after the last of {args.epochs} epochs")
+        return args, None
+    checkpoint = files.load_checkpoint(args.resume)
+    if own := files.recorded(checkpoint):
+        inherited = inherit(parser, own, given, architecture, args.resume)
+        args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
+    if not args.test:
+        args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))
+        if "start_epoch" in given:
+            checkpoint["step"] = 0  # the epoch is to begin anew
+        check_resumable(args, checkpoint, given)
+    return args, checkpoint
+
+
+def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Raises InputError for flags that do not go together."""
+    if args.dense and not args.test:
+        raise InputError("--dense is for --test: training computes every branch anyway")
+    if (args.test_size or args.reestimate_bn) and not args.test:
+        raise InputError(f"{'--test-size' if args.test_size else '--reestimate-bn'} is for --test: add it")
+    if args.test and args.visdom:
+        raise InputError("--visdom shows a training: leave it out with --test")
+    where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in given]
+    if where and not args.visdom:
+        raise InputError(f"--{where[0].replace('_', '-')} says where to show the run: add --visdom")
+
+
+def find_resumable(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Resolves `--resume auto`: the run folder, or a fresh start if it has no checkpoint yet."""
+    folder = new_folder(args)
     try:
-        try:
-            with temporary.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise TrainingError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
-    try:
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not do it
-            raise TrainingError(f"cannot be sure that {path} is on the disk ({error.strerror})") from error
-
-
-def clear_temporaries(folder: Path) -> None:
-    """Deletes what writes that were cut off, by SIGKILL for instance, have left in a run folder."""
-    for name in RUN_FILES:
-        for path in folder.glob(f".{name}.*.tmp"):
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from training in a run folder; the lock ends with the process, however that ends.
-
-    Raises:
-        InputError: if another process keeps it locked.
-    """
-    path, deadline = folder / LOCK, time.monotonic() + PATIENCE
-    while (descriptor := take_lock(path)) is None:
-        if time.monotonic() > deadline:
-            raise InputError(f"another process is training in {folder}: wait for it, or stop it")
-        time.sleep(0.1)
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # a folder that is gone
-            path.unlink()
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing would not do it: DataLoader workers share the descriptor
-        os.close(descriptor)
-
-
-def take_lock(path: Path) -> int | None:
-    """A descriptor of the file, locked; None if another process has it. Raises InputError if it cannot be opened.
-
-    A file, because network file systems pass on locks of files, and not of folders.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise InputError(f"cannot lock the run folder with {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.fstat(descriptor), path.stat()):  # else the one who had it has just removed it
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except OSError as error:
-        print(f"{path.parent} cannot be locked ({error.strerror}): never train in it twice at a time")
-        return descriptor
-    os.close(descriptor)
-    return None
-
-
-def strict(value: Any) -> Any:
-    """The value with every non-finite float as None, which strict JSON can hold."""
-    if isinstance(value, dict):
-        return {key: strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes the value atomically as indented strict JSON."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(strict(value), indent=1, allow_nan=False).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
-    try:
-        value = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: move it away")
-    return value
-
-
-def read_records(folder: Path) -> list[dict]:
-    """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out.
-
-    Raises:
-        InputError: if another line is damaged.
-    """
-    path, records = folder / METRICS, []
-    try:
-        lines = path.read_text().splitlines() if path.exists() else []
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): move it away") from error
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):
-                break
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
-            raise InputError(f"{path}, line {number}, is damaged: repair it or move the file away")
-        records.append(record)
-    return records
-
-
-def write_records(folder: Path, records: list[dict]) -> None:
-    """Replaces the metrics file by these records, one strict-JSON object a line."""
-    with atomic_write(folder / METRICS) as file:
-        for record in records:
-            file.write(json.dumps(strict(record), allow_nan=False).encode() + b"\n")
-
-
-def check_vacant(folder: Path, overwrite: bool) -> None:
-    """Raises InputError if `folder` already holds files of a run, unless it may be overwritten."""
-    try:
-        taken = any((folder / name).exists() for name in RUN_FILES)
+        there, *others = ((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST, runs.TEST))
     except OSError as error:
         raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
-    if taken and not overwrite:
-        go_on = f", go on with --resume {folder / CHECKPOINT}" if (folder / CHECKPOINT).exists() else ""
-        how = f"choose another --expname{go_on}, or replace it with --overwrite"
-        raise InputError(f"{folder} already holds a run: {how}")
+    args.resume = given["resume"] = str(folder) if there else ""
+    if there:
+        given.pop("pretrained", None)
+    elif not any(others) and len(runs.read_records(folder)) <= 1:
+        args.overwrite = True  # what a run has left that ended before its first checkpoint
 
 
-def make_folder(folder: Path, what: str = "the run folder") -> None:
-    """Makes the folder if it is missing. Raises InputError if that, or writing into it, is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {what} {folder}: {error.strerror}") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"cannot write into {what} {folder}")
+def inherit(
+    parser: Parser, own: dict, given: dict[str, Any], architecture: Sequence[str], source: str
+) -> dict[str, Any]:
+    """The flags recorded in a checkpoint, checked as if they had been typed."""
+    for name in architecture:
+        flag = "--" + name.replace("_", "-")
+        if own.get(name) is None:
+            other = "train.py" if "depth" in own else "train_img.py" if "arch" in own else ""
+            use = f"; use {other}" if other else ""
+            raise InputError(f"{source} is not a checkpoint of this script: it does not record {flag}{use}")
+        trained = parser.as_typed({name: own[name]}, source)[name]
+        if given.get(name, trained) != trained:
+            raise InputError(f"{flag} {given[name]}: {source} was trained with {flag} {trained}")
+    for name, harmless in DROPPED.items():
+        if own.get(name, harmless) != harmless:
+            raise InputError(f"{source} was trained with --{name.replace('_', '-')}, which this version does not have")
+    wanted = parser.flags.keys() - set(PER_CALL)
+    return parser.as_typed({name: value for name, value in own.items() if name in wanted}, source)
 
 
-def clear_run_folder(folder: Path) -> None:
-    """Deletes the files of an earlier run."""
-    for name in RUN_FILES:
-        (folder / name).unlink(missing_ok=True)
+def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str, Any]) -> None:
+    """Raises InputError if training cannot go on from the checkpoint as the flags ask."""
+    own = files.recorded(checkpoint)
+    epochs = (args.start_epoch, checkpoint.get("epoch")) if own else (args.start_epoch,)
+    if not all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs):
+        raise InputError(f"{args.resume} does not say which epoch comes next")
+    if given.get("pretrained"):
+        raise InputError("--pretrained starts a new run: it does not go with --resume")
+    folder = run_folder(args, checkpoint)
+    if not own:
+        runs.check_vacant(folder, args.overwrite)
+        if folder.resolve() == Path(args.resume).resolve().parent:
+            raise InputError(f"{args.resume} would be overwritten: choose another --expname or --save")
+    elif {"expname", "save"} & given.keys():
+        asked = new_folder(args) if "save" in given else folder.parent / args.expname
+        if asked.resolve() != folder.resolve():
+            raise InputError(f"{args.resume} continues in its own folder, {folder}, not in {asked}: leave out the name")
 
 
-@contextmanager
-def without_empty_folders(folder: Path) -> Iterator[None]:
-    """Removes at the end those of `folder` and its parents that were made inside the block and stayed empty."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    finally:
-        for path in missing:
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+def new_folder(args: argparse.Namespace) -> Path:
+    """The folder of a new run."""
+    return Path(args.save or "runs") / args.expname
 
 
-def git_commit() -> str | None:
-    """The commit of this checkout, with "-dirty" after local changes; None outside of git."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+def run_folder(args: argparse.Namespace, checkpoint: dict | None) -> Path:
+    """Where a training writes: in the run folder that it resumes, else in --save/--expname.
 
-
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
-def save_checkpoint(state: dict, folder: Path) -> None:
-    """Writes checkpoint.pth.tar and, where state["is_best"], the same as model_best.pth.tar, each atomically."""
-    buffer = io.BytesIO()  # torch.save into a file would tell of a full disk in its own words
-    torch.save(state, buffer)
-    for name in (CHECKPOINT, BEST) if state["is_best"] else (CHECKPOINT,):
-        with atomic_write(folder / name) as file:
-            file.write(buffer.getbuffer())
-
-
-def mend_best(folder: Path) -> None:
-    """Writes model_best.pth.tar, which a crash kept `save_checkpoint` from writing after its checkpoint.
-
-    Call it where the checkpoint says that it is the best so far, with the folder locked.
+    A checkpoint without args, such as the original's, is of no run folder of ours, and its folder is left alone.
     """
-    best, checkpoint = folder / BEST, (folder / CHECKPOINT).read_bytes()
-    if not best.exists() or best.read_bytes() != checkpoint:
-        with atomic_write(best) as file:
-            file.write(checkpoint)
+    return Path(args.resume).parent if files.recorded(checkpoint) else new_folder(args)
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint of this program or of the original, onto the CPU, without running code from it.
-
-    Returns:
-        Its dict, with the prefixes `module.` and `_orig_mod.` taken off the keys of `state_dict`.
-
-    Raises:
-        InputError: if the file is missing, damaged, or holds something else.
-    """
-    checkpoint = load_safely(path)
-    if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
-        raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
-    checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
-    for name, kinds in KINDS.items():
-        if name in checkpoint and type(checkpoint[name]) not in kinds:
-            kind = type(checkpoint[name]).__name__
-            raise InputError(f"{path}: its {name} is a {kind}; not a checkpoint of this program")
-    check_args(checkpoint.get("args", {}), path)
-    return checkpoint
+# ---------------------------------------------------------------------------------------------- flags to values
 
 
-def check_args(args: Any, path: str | Path) -> None:
-    """Raises InputError if what a checkpoint records of its data is malformed. Its flags are for `cli` to check."""
-
-    def numbers(name: str) -> bool:
-        return all(isinstance(value, (int, float)) and math.isfinite(value) for value in args[name])
-
-    try:
-        fit = isinstance(args, dict) and all(isinstance(name, str) for name in args.get("classes", []))
-        if fit and "mean" in args:
-            fit = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
-            fit = fit and min(args["std"]) > 0
-        fit = fit and numbers("block_rates") if "block_rates" in args else fit
-    except (TypeError, KeyError, OverflowError):
-        fit = False
-    if not fit:
-        raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")
+def select_device(args: argparse.Namespace) -> torch.device:
+    """The device that --device and --no-cuda ask for; of several GPUs the one of this process."""
+    if args.no_cuda and args.device not in ("auto", "cpu"):
+        raise InputError(f"--no-cuda contradicts --device {args.device}")
+    return environment.select_device("cpu" if args.no_cuda else args.device)
 
 
-def load_safely(path: str | Path) -> Any:
-    """What `torch.save` wrote into a file, on the CPU, without running code from it. Raises InputError."""
-    try:
-        if not Path(path).is_file():
-            raise InputError(f"no checkpoint at {path}")
-        if zipfile.is_zipfile(path):
-            check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:  # a damaged file can raise anything, and its code is never run
-        reason = str(error).strip().split("\n")[0][:120]
-        raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error
+def named_in(args: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The flags that are called as fields of a dataclass."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(args).items() if name in names}
 
 
-def check_archive(path: str | Path) -> None:
-    """Raises ValueError unless every byte in a zip file is the one written: torch.load does not check."""
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            if entry.compress_type != zipfile.ZIP_STORED or entry.external_attr & MSDOS_FOLDER:
-                raise ValueError(f"{entry.filename} is compressed or called a folder, as torch.save never does")
-        if damaged := archive.testzip():
-            raise ValueError(f"the checksum of {damaged} is wrong, or it was saved without checksums")
+def load_data(args: argparse.Namespace, checkpoint: dict | None) -> Loaders:
+    """The images that the flags, and the checkpoint, ask for."""
+    recorded = {name: files.recorded(checkpoint).get(name) for name in ("classes", "mean", "std")}
+    choice = Choice(**{**named_in(args, Choice), "data": args.data or "", **recorded,
+                       "needs_training": args.reestimate_bn})
+    place = {"device": select_device(args), "world": distributed.world()}
+    return open_loaders(choice, Batching(**{**named_in(args, Batching), **place}))
 
 
-def is_state_dict(value: Any) -> bool:
-    """Whether a value is a dict of names and ordinary tensors."""
-    named = isinstance(value, dict) and bool(value) and all(isinstance(name, str) for name in value)
-    return named and all(map(is_ordinary, value.values()))
+def make_recipe(args: argparse.Namespace, model: AdaptiveResNet, num_classes: int, **derived: Any) -> Recipe:
+    """The recipe of the flags: those called as its attributes, and what the script derives from others."""
+    last = min(args.epochs, args.start_epoch + args.stop_after - 1) if args.stop_after else args.epochs
+    derived["topk"] = [k for k in derived["topk"] if k == 1 or k < num_classes]  # of few classes, top-5 says nothing
+    return Recipe(**{**named_in(args, Recipe), "target_rates": model.target_rates, "last": last, **derived})
 
 
-def is_ordinary(value: Any) -> bool:
-    """Whether a value is a tensor of real numbers that are all there."""
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.device.type != "cpu":
-        return False
-    return not value.is_complex() and not value.is_quantized
+def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe) -> dict[str, Any]:
+    """The args that go into args.json and every checkpoint: all flags, and what was derived from the data."""
+    mean, std = loaders.normalisation
+    derived = {"classes": loaders.val.classes, "mean": list(mean), "std": list(std), "stages": model.stages}
+    derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
+    flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
+    return {**flags, **derived}
 
 
-def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state_dict without the `module.` of DataParallel and the `_orig_mod.` of torch.compile in its keys."""
-    for prefix in ("_orig_mod.", "module.", "_orig_mod."):  # either may wrap the other
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
+# ---------------------------------------------------------------------------------------------- running
+
+
+def run(
+    args: argparse.Namespace, checkpoint: dict | None, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
+) -> None:
+    """Tests or trains `model`, as `args` say."""
+    prepare(args, checkpoint, model)
+    if args.test:
+        run_test(args, checkpoint, loaders, model, recipe)
+    else:
+        run_training(args, checkpoint, loaders, model, recipe)
+
+
+def prepare(args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet) -> None:
+    """Gives the model the checkpoint's weights, its device and gate mode. Raises InputError if these do not fit."""
+    device = select_device(args)
+    if checkpoint:
+        files.check_gates(checkpoint, model.target_rates, args.resume)
+        files.load_weights(model, checkpoint["state_dict"], args.resume)
+    model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    if args.deterministic:
+        environment.make_deterministic()
+    if args.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    model.gate_mode, model.threshold = args.gate_mode, args.threshold
+
+
+def result_key(args: argparse.Namespace) -> str:
+    """The name of a result in test.json: the gate mode, and what is not its default."""
+    threshold = f"@{args.threshold:g}" if args.gate_mode == "argmax" and args.threshold != 0.5 else ""
+    return args.gate_mode + threshold + "+bn" * args.reestimate_bn
+
+
+def run_test(
+    args: argparse.Namespace, checkpoint: dict, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
+) -> None:
+    """Evaluates, prints a table, and puts the result into test.json, beside those of other modes and thresholds."""
+    path = Path(args.resume).parent / runs.TEST
+    runs.read_json(path)  # a damaged one is found now
+    if args.reestimate_bn:
+        if distributed.world().size > 1:
+            raise InputError("--reestimate-bn: use one process")
+        evaluation.reestimate_batchnorm(model, loaders.train, environment.derive_seed(args.seed, "BatchNorm"))
+    device = next(model.parameters()).device
+    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, device, distributed.world())
+    how = {"samples": args.gate_samples, "seed": args.seed, "dense": args.dense}
+    result = evaluation.measure(model, loaders.val, objective, **how)
+    del result["gates_by_class"]
+    epoch = checkpoint.get("epoch")
+    result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
+    say(evaluation.describe(result, args.gate_mode, recipe.target_rates))
+    if args.test_size:
+        say(f"not written to {path}, which is about all images")
+        return
+    if distributed.world().is_main:
+        runs.write_json(path, {**runs.read_json(path), result_key(args): result})  # another test may have ended
+    say(f"written to {path}, as {result_key(args)}")
+
+
+def run_training(
+    args: argparse.Namespace, checkpoint: dict | None, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
+) -> None:
+    """Trains from the start, or from where the checkpoint stopped."""
+    world, folder, train = distributed.world(), run_folder(args, checkpoint), loaders.train
+    check_training(args, model, loaders)
+    if next(model.parameters()).device.type == "cpu":
+        environment.keep_memory()
+    if args.compile:
+        environment.try_compiler(next(model.parameters()).device)
+    if rates := args.stochastic_depth:
+        model.set_drop_rates(rates if isinstance(rates, list) else [rates] * sum(model.stages))
+    state = make_state(args, checkpoint, loaders, model, recipe)
+    own = files.recorded(checkpoint)
+    started = runs.Run(
+        folder,
+        describe_run(args, loaders, model, recipe),
+        environment.environment(model),
+        resumed=Path(args.resume) if own else None,
+        checkpoint=checkpoint or {},
+        first=args.start_epoch,
+        records=earlier_records(args, checkpoint, folder),
+        overwrite=args.overwrite,
+        save_every=60 * (args.checkpoint_minutes or math.inf),
+        world=world,
+    )
+    if (before := own.get("epochs")) and recipe.epochs > before and vars(args).get("milestones", 0) is None:
+        say(f"the run was of {before} epochs: the learning rate keeps its milestones; give others with --milestones")
+    with runs.start_run(started) as run:
+        if args.start_epoch > recipe.last:
+            say(f"epoch {recipe.last} is done already; ask for more with --epochs")
+            return
+        board: Any = dashboard.NullDashboard()
+        if args.visdom and world.is_main:
+            board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+        say(opening_line(folder, loaders, model, args.start_epoch, recipe.last))
+        fit(state, train, loaders.val, recipe, run, board)
+        say(f"best top-1 {state.best:.2f} %: {folder / runs.BEST}")
+        if recipe.last < recipe.epochs:
+            go_on = f"continue with --resume {folder / runs.CHECKPOINT}"
+            say(f"stopped after epoch {recipe.last} of {recipe.epochs}; {go_on}")
+
+
+def check_training(args: argparse.Namespace, model: AdaptiveResNet, loaders: Loaders) -> None:
+    """Raises InputError for images and flags with which no training is possible."""
+    size, train = distributed.world().size, loaders.train
+    if args.batch_size < 2 * size or train.num_images < 2 * size:
+        raise InputError(
+            f"--batch-size {args.batch_size} and {train.num_images} training images: each of {size} "
+            "process(es) needs two images of a batch, for the BatchNorm of the gates"
+        )
+    if train.dropped:
+        say(
+            f"the last batch of each epoch would have {train.dropped} image(s) and is left out: "
+            "BatchNorm of the gates needs two in each process"
+        )
+    if args.stochastic_depth and model.num_gates:
+        raise InputError("--stochastic-depth is for nets without gates: add --target 1")
+    if isinstance(args.stochastic_depth, list) and len(args.stochastic_depth) != sum(model.stages):
+        raise InputError(f"--stochastic-depth: {len(args.stochastic_depth)} rates for {sum(model.stages)} blocks")
+    if args.stochastic_depth and size > 1:
+        raise InputError("--stochastic-depth would drop the same branches in every process: use one process")
+    device = next(model.parameters()).device
+    if args.sync_bn and size > 1 and device.type != "cuda":
+        raise InputError(f"--sync-bn: torch has it for GPUs only, and this is {device.type}")
+
+
+def make_state(
+    args: argparse.Namespace, checkpoint: dict | None, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
+) -> State:
+    """Where training begins: at the start, or where the checkpoint stopped. Raises InputError if that does not fit."""
+    device, world, train = next(model.parameters()).device, distributed.world(), loaders.train
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")  # keeps float16 gradients from vanishing
+    state = State(model, make_optimizer(model, recipe), scaler, len(train), world, args.start_epoch)
+    if checkpoint:
+        restore(state, checkpoint, args.resume)
+        if not files.recorded(checkpoint):  # the best of another program's folder is none of this run's
+            state.best = -1.0
+    if own := files.recorded(checkpoint):
+        if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
+            state.best = -1.0
+            say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+        objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk)
+        enter_epoch(state, checkpoint, train, objective, args.resume)
+    if [state.epoch, state.step] != [-number for number in world.all_max(-state.epoch, -state.step)]:
+        raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")
     return state
 
 
-def load_pretrained(model: nn.Module, source: str, arch: str) -> str:
-    """Starts the backbone from a plain ResNet; gates, and a head for another number of classes, stay fresh.
-
-    Args:
-        source: a file as torchvision saves it (or with a `state_dict` inside), or "torchvision" for its official
-            IMAGENET1K_V1 weights.
-        arch: torchvision's name of the net, such as "resnet50".
-
-    Returns:
-        A line that says what was loaded and what stayed fresh.
-
-    Raises:
-        InputError: if the weights cannot be had, or keys are missing, left over or of another shape.
-    """
-    if source == "torchvision":
-        try:
-            state = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--pretrained torchvision: cannot download the weights ({error})") from error
-    else:
-        state = load_safely(source)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-        if not is_state_dict(state):
-            raise InputError(f"{source} holds no state_dict of tensors: not a torchvision ResNet")
-    names = {"fc.weight": "linear.weight", "fc.bias": "linear.bias"}
-    state = {names.get(key, key.replace(".downsample.", ".shortcut.")): v for key, v in without_prefixes(state).items()}
-    own = model.state_dict()
-    gates = [key for key in own if key.split(".")[-2] in ("fc1", "fc1bn", "fc2")]
-    if any(key in state for key in gates):
-        raise InputError(f"{source} is not a plain ResNet, it has gates: continue it with --resume")
-    fresh = {key: own[key] for key in gates}
-    head = ""
-    if "linear.weight" in state and state["linear.weight"].shape != own["linear.weight"].shape:
-        fresh |= {key: own[key] for key in names.values()}
-        head = f" and the head (it has {len(state['linear.weight'])} classes)"
-    load_weights(model, {**state, **fresh}, source)
-    loaded = len(state.keys() - fresh.keys())
-    return f"{source}: {loaded} tensors loaded; fresh: the {len(gates)} tensors of the gates{head}"
+def earlier_records(args: argparse.Namespace, checkpoint: dict | None, folder: Path) -> list[dict]:
+    """The records of the epochs that the checkpoint has done."""
+    if not files.recorded(checkpoint):
+        return []
+    done = min(args.start_epoch, checkpoint["epoch"])
+    return [record for record in runs.read_records(folder) if record["epoch"] < done]
 
 
-def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copies a state_dict into the model; gates of blocks that have none here are left out.
-
-    Raises:
-        InputError: naming keys that are missing, left over, or of another shape or type; the model is unchanged.
-    """
-    expected = model.state_dict()
-    ungated = tuple(
-        f"{name}.{layer}."
-        for name, module in model.named_modules()
-        if not getattr(module, "gated", True)
-        for layer in ("fc1", "fc1bn", "fc2")
+def opening_line(folder: Path, loaders: Loaders, model: nn.Module, first: int, last: int) -> str:
+    """What is about to run, in one line."""
+    parameters, size = sum(p.numel() for p in model.parameters()), distributed.world().size
+    return (
+        f"{folder}: {parameters:,} parameters, {sum(model.stages)} blocks, {loaders.train.num_images:,} training and "
+        f"{loaders.val.num_images:,} validation images of {len(loaders.val.classes)} classes, epochs {first} to "
+        f"{last}, {environment.device_name(next(model.parameters()).device)}"
+        f"{f' in each of {size} processes' if size > 1 else ''}"
     )
-    state = {key: value for key, value in state.items() if not key.startswith(ungated)}
-    # files of PyTorch 0.3 do not count BatchNorm's batches
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    foreign = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
-    ]
-    types = [
-        f"{key} {state[key].dtype} instead of {value.dtype}"
-        for key, value in expected.items()
-        if key in state and state[key].is_floating_point() != value.is_floating_point()
-    ]
-    problems = []
-    named = (("missing", missing), ("left over", foreign), ("of another shape", shapes), ("of another type", types))
-    for what, keys in named:
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})")
-    if problems:
-        raise InputError(f"{source} does not fit this network: keys {'; '.join(problems)}")
-    model.load_state_dict(state, strict=False)

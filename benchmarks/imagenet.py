@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,18 +21,18 @@ import torchvision
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-import utils
-from cli import number
-from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
-from data import IMAGENET_STATISTICS, PhotoLoader
-from engine import target_rate_loss
+from aig.console import number, run_command
+from aig.data import IMAGENET_STATISTICS, PhotoLoader, open_image_folder
+from aig.losses import target_rate_loss
+from benchmarks.timing import where as machine
+from convnet_aig import make_resnet, target_rates_of
 
 
 def saved_bytes(schedule: str, batch_size: int, size: int) -> int:
     """Bytes of distinct storages that the forward pass of a training step keeps for the backward pass."""
     torch.manual_seed(0)
     rates = target_rates_of(schedule, "resnet50", 0.5)
-    model = ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], 1000, rates).to(memory_format=torch.channels_last).train()
+    model = make_resnet("resnet50", 1000, rates).to(memory_format=torch.channels_last).train()
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     saved: dict[int, int] = {}
 
@@ -77,7 +76,7 @@ def loading(folder: Path, batch_size: int, size: int, workers: list[int], repeat
     """Best images/s over `repeats` epochs, by number of workers; the first epoch, which starts workers, not counted."""
     results: dict[str, dict[int, float]] = {"ours": {}, "torchvision": {}}
     for count in workers:
-        ours = PhotoLoader(folder, batch_size, augment=True, size=size, workers=count)
+        ours = PhotoLoader(open_image_folder(folder), batch_size, augment=True, size=size, workers=count)
         usual = torchvision_loader(folder, batch_size, size, count)
         rates = [(images_per_second(ours.batches(epoch)), images_per_second(usual)) for epoch in range(repeats + 1)]
         results["ours"][count], results["torchvision"][count] = map(max, zip(*rates[1:], strict=True))
@@ -97,8 +96,7 @@ def main() -> None:
     memory = {name: saved_bytes(value, args.batch_size, args.image_size) for name, value in schedules.items()}
     rates = loading(args.data / "train", args.batch_size, args.image_size, [0, 1, 2], args.repeats)
 
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}, python {platform.python_version()}"
-    where = f"{utils.device_name(torch.device('cpu'))}, {versions}"
+    where = f"{machine(torch.device('cpu'))}, torchvision {torchvision.__version__}"
     print(f"saved for backward, AIG-50, batch {args.batch_size}, {args.image_size} px, float32; {where}\n")
     for name, size in memory.items():
         print(f"  {name:15}{size / 2**20:9.1f} MiB{size / memory['uniform']:8.3f} of uniform")
@@ -111,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "imagenet")

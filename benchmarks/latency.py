@@ -20,12 +20,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
-import cli
-import inference
-import utils
+from aig import inference
+from aig.console import number, run_command
+from aig.environment import select_device
 from benchmarks.reference import Reference
 from benchmarks.timing import interleaved, where
-from cli import number
 from convnet_aig import AdaptiveResNet, ResNet50_ImageNet, ResNet110_cifar, target_rates_of
 
 CERTAIN = 1e4  # log-odds that no gate of an untrained net outweighs
@@ -80,7 +79,7 @@ def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device
     for name, rates in settings.items():
         # AIG-50 has no gates at rate 1, as in the paper; AIG-110 has all
         model = build(net, rates if net == "AIG-50" else None)
-        cost = inference.macs(model, size)
+        cost = inference.count_macs(model, size)
         networks[name] = (fast := forced(model, rates, batch, device), x)
         z = torch.stack(fast(x)[1], dim=1)
         fractions[name] = (cost.executed(z).mean().item() / cost.dense, z.mean().item())
@@ -146,7 +145,7 @@ def main() -> None:
     parser.add_argument("--slot", type=number(float, 0), default=0.3, help="seconds a turn should last at least")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
-    device = utils.select_device(args.device)
+    device = select_device(args.device)
     print(f"conditional execution, float32, median of {args.rounds} interleaved rounds; {where(device)}")
     print("MACs, time: fractions of the own dense form's (best: of the best times); x: times as fast as the yardstick,")
     print("torchvision's resnet50, and that in channels-last\n")
@@ -163,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.main(main, "latency")
+    run_command(main, "latency")

@@ -17,11 +17,11 @@ import time
 
 import torch
 
-import utils
-from benchmarks.timing import where
-from cli import number
+from aig.console import number
+from aig.engine import Recipe
+from aig.environment import keep_memory
+from benchmarks.timing import training_step, where
 from convnet_aig import ResNet50_ImageNet, ResNet110_cifar
-from engine import Recipe, Trainer
 
 CASES = {  # net, target rate, blocks, batch size, pixels
     "AIG-110": (ResNet110_cifar, 0.6, 54, 128, 32),
@@ -34,20 +34,18 @@ WARM_UP = 2
 def measure(case: str, keep: bool, steps: int) -> dict[str, float]:
     """Medians over the steps, in this process."""
     if keep:
-        utils.keep_memory()
+        keep_memory()
     build, target, blocks, batch_size, pixels = CASES[case]
     torch.manual_seed(0)
     rates = [target] * blocks
-    model = build(target_rates=rates).to(memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
-    recipe = Recipe(target_rates=rates, lossfact=1, lr=0.01, milestones=(), epochs=1, seed=1)
-    trainer = Trainer(model, optimizer, recipe)
+    model = build(target_rates=rates).to(memory_format=torch.channels_last)
+    recipe = Recipe(rates, lossfact=1, lr=0.01, milestones=(), epochs=1, last=1, seed=1)
     images = torch.randn(batch_size, 3, pixels, pixels)
-    labels = torch.randint(10, (batch_size,))
+    step, _ = training_step(model, recipe, images, torch.randint(10, (batch_size,)), batch_size)
     rows = []
     for _ in range(WARM_UP + steps):
         before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
-        trainer.step(images, labels, batch_size)
+        step()
         seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
         rows.append((seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt))
     names = ("seconds", "system_seconds", "page_faults")

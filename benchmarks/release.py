@@ -10,24 +10,25 @@ from pathlib import Path
 
 import torch
 
-import cli
-import utils
+from aig.checkpoint import load_checkpoint
+from aig.console import InputError, Parser, run_command
+from aig.runs import atomic_write
 
 KEPT = ("epoch", "best_prec1", "state_dict", "args")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = cli.Parser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", help="of a run")
     parser.add_argument("file", type=Path, help="to write")
     args = parser.parse_args(argv)
-    checkpoint = utils.load_checkpoint(args.checkpoint)
+    checkpoint = load_checkpoint(args.checkpoint)
     if args.file.exists():
-        raise utils.InputError(f"{args.file} is there already: remove it, or choose another name")
-    with utils.atomic_write(args.file) as file:
+        raise InputError(f"{args.file} is there already: remove it, or choose another name")
+    with atomic_write(args.file) as file:
         torch.save({name: checkpoint[name] for name in KEPT if name in checkpoint}, file)
     print(f"{args.file}: {args.file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    cli.main(main, "release")
+    run_command(main, "release")

@@ -16,12 +16,12 @@ from contextlib import nullcontext
 
 import torch
 
-import processes
-import utils
-from benchmarks.timing import WARM_UP, where
-from cli import number
+from aig import distributed
+from aig.console import number
+from aig.engine import Recipe
+from aig.environment import keep_memory, select_device
+from benchmarks.timing import WARM_UP, training_step, where
 from convnet_aig import BasicBlock, ResNet_cifar
-from engine import Recipe, Trainer
 from train import depth
 
 
@@ -32,36 +32,35 @@ def main() -> None:
     parser.add_argument("--steps", type=number(int, 1), default=10)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
-    with processes.joined():
+    with distributed.joined():
         measure(args)
 
 
 def measure(args: argparse.Namespace) -> None:
-    world, device = processes.world(), utils.select_device(args.device)
+    world, device = distributed.world(), select_device(args.device)
     if device.type == "cpu":
-        utils.keep_memory()
+        keep_memory()
     torch.manual_seed(0)
     blocks = (args.depth - 2) // 6
     rates = [0.6] * (3 * blocks)
     model = ResNet_cifar(BasicBlock, (blocks,) * 3, target_rates=rates)
-    model = model.to(device, memory_format=torch.channels_last).train()
-    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    recipe = Recipe(target_rates=rates, lossfact=2, lr=0.1, milestones=(), epochs=1, seed=1)
-    trainer = Trainer(model, optimizer, recipe, world=world)
-    share = len(range(args.batch_size)[world.share(args.batch_size)])
+    model = model.to(device, memory_format=torch.channels_last)
+    recipe = Recipe(rates, lossfact=2, lr=0.1, milestones=(), epochs=1, last=1, seed=1)
+    share = len(range(args.batch_size)[world.shard(args.batch_size)])
     images, labels = torch.randn(share, 3, 32, 32, device=device), torch.randint(10, (share,), device=device)
+    step, network = training_step(model, recipe, images, labels, args.batch_size)
     seconds: dict[str, list[float]] = {"all": [], "gradients not all-reduced": []}
     for turn in range(WARM_UP + args.steps):
         for name, times in seconds.items():
-            world.agree(0)  # everybody starts at once
+            world.all_max(0)  # everybody starts at once
             start = time.perf_counter()
-            with nullcontext() if name == "all" or world.size == 1 else trainer.network.no_sync():
-                trainer.step(images, labels, args.batch_size)
+            with nullcontext() if name == "all" or world.size == 1 else network.no_sync():
+                step()
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= WARM_UP:
                 times.append(time.perf_counter() - start)
-    if world.leads:
+    if world.is_main:
         gradients = sum(p.numel() * p.element_size() for p in model.parameters())
         totals = 8 * (len(rates) + 2 + len(recipe.topk))  # gate sums, images, cross entropy, hits, in float64
         best, median = ([of(times) for times in seconds.values()] for of in (min, statistics.median))

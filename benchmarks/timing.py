@@ -7,9 +7,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import utils
+from aig import distributed
+from aig.engine import AMP, Recipe, make_optimizer, set_lr, split, step_noise
+from aig.environment import device_name
+from aig.losses import Objective
+from aig.state import State
+from convnet_aig import AdaptiveResNet
 
 WARM_UP = 2  # rounds that are not counted
 
@@ -43,6 +49,42 @@ def interleaved(
     return seconds
 
 
+def training_step(
+    model: AdaptiveResNet, recipe: Recipe, images: Tensor, labels: Tensor, count: int
+) -> tuple[Callable[[], None], nn.Module]:
+    """A training step on this process's share of a batch of `count` images, as `aig.engine.fit` does it.
+
+    Returns:
+        The step, and the network that it calls, in DistributedDataParallel for several processes.
+    """
+    world, device = distributed.world(), images.device
+    network, forward = distributed.wrap(model, world, recipe.sync_bn, recipe.compile)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    optimizer = make_optimizer(model, recipe)
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+    state = State(model, optimizer, scaler, 1, world)
+    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, device, world)
+
+    def step() -> None:
+        now = recipe.at(1, 1)
+        set_lr(optimizer, now.lr)
+        batch = images.contiguous(memory_format=layout)
+        noise = step_noise(model, batch, count, (recipe.seed, "noise", 1, 1), world)
+        optimizer.zero_grad(set_to_none=True)
+        for x, y, g in split(network, batch, labels, noise, recipe.parts(count, world)):
+            with torch.autocast(device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
+                logits, gates = forward(x, temperature=now.temperature, noise=g)
+            loss, sums = objective(logits, y, gates, count, now.warm)
+            scaler.scale(loss).backward()
+            state.add(sums)
+        state.end_step(1, count)
+        scaler.step(optimizer)
+        scaler.update()
+
+    network.train()
+    return step, network
+
+
 def where(device: torch.device) -> str:
     """Hardware and versions of a measurement."""
-    return f"{utils.device_name(device)}, torch {torch.__version__}, python {platform.python_version()}"
+    return f"{device_name(device)}, torch {torch.__version__}, python {platform.python_version()}"

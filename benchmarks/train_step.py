@@ -24,39 +24,35 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import utils
+from aig.console import number, run_command
+from aig.data import DATASETS, SmallImageLoader, SmallImages
+from aig.engine import Recipe
+from aig.environment import keep_memory, select_device
 from benchmarks.reference import Reference, target_rate_loss
-from benchmarks.timing import interleaved, where
-from cli import number
+from benchmarks.timing import interleaved, training_step, where
 from convnet_aig import BasicBlock, ResNet_cifar
-from data import CIFAR, SmallImageLoader, SmallImages
-from engine import Recipe, Trainer
 from train import depth
 
 TARGET, LOSSFACT, LR = 0.6, 2.0, 0.1
 PROFILED = 5  # steps
-WAYS = {  # arguments of the trainer and, under "fused", of SGD
+WAYS = {  # attributes of the recipe
     "eager": {},
     "contiguous": {"channels_last": False},
     "fused": {"fused": True},
-    "bf16": {"amp": torch.bfloat16},
+    "bf16": {"amp": "bf16"},
     "compile": {"compile": True},
-    "compile-bf16": {"compile": True, "amp": torch.bfloat16},
+    "compile-bf16": {"compile": True, "amp": "bf16"},
 }
 
 
-def ours(
-    blocks: int, target: float, images: torch.Tensor, labels: torch.Tensor, fused: bool = False, **way: Any
-) -> Callable[[], object]:
+def ours(blocks: int, target: float, images: torch.Tensor, labels: torch.Tensor, **way: Any) -> Callable[[], object]:
     """A training step of this repository, done one of the WAYS; without gates at target 1."""
     rates = [target] * (3 * blocks)
     layout = torch.channels_last if way.get("channels_last", True) else torch.contiguous_format
     model = ResNet_cifar(BasicBlock, (blocks,) * 3, target_rates=rates).to(images.device, memory_format=layout).train()
     images = images.to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9, weight_decay=5e-4, fused=fused)
-    recipe = Recipe(target_rates=rates, lossfact=LOSSFACT, lr=LR, milestones=(), epochs=1, seed=1)
-    trainer = Trainer(model, optimizer, recipe, **way)
-    return lambda: trainer.step(images, labels, len(images), full=True)
+    recipe = Recipe(rates, LOSSFACT, LR, milestones=(), epochs=1, last=1, seed=1, weight_decay=5e-4, **way)
+    return training_step(model, recipe, images, labels, len(images))[0]
 
 
 def original(blocks: int, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:
@@ -78,7 +74,7 @@ class PilImages(Dataset):
     """Images as torchvision's CIFAR10 keeps and transforms them."""
 
     def __init__(self, images: SmallImages) -> None:
-        mean, std = CIFAR["cifar10"][1]
+        mean, std = DATASETS["cifar10"].statistics
         self.images, self.labels = images.images.numpy(), images.labels.tolist()
         self.transform = transforms.Compose(
             [
@@ -101,7 +97,7 @@ def input_pipelines(count: int, batch_size: int, device: torch.device, repeats: 
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 32, 32, 3), dtype=torch.uint8, generator=random)
     source = SmallImages(images, torch.randint(10, (count,), generator=random), [str(k) for k in range(10)])
-    loader = SmallImageLoader(source, batch_size, CIFAR["cifar10"][1], augment="crop+flip", device=device)
+    loader = SmallImageLoader(source, batch_size, DATASETS["cifar10"].statistics, augment="crop+flip", device=device)
     workers = DataLoader(PilImages(source), batch_size, shuffle=True, num_workers=2, persistent_workers=True)
 
     def rate(batches: Callable[[], object]) -> float:
@@ -154,9 +150,9 @@ def main() -> None:
     parser.add_argument("--images", type=number(int, 0), default=0, help="of the input pipelines")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     args = parser.parse_args()
-    device = utils.select_device(args.device)
+    device = select_device(args.device)
     if device.type == "cpu":
-        utils.keep_memory()  # as training does
+        keep_memory()  # as training does
     blocks = (args.depth - 2) // 6
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
@@ -205,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main, "train_step")

@@ -4,9 +4,9 @@ In training every branch is computed and multiplied by its gate. Here a closed b
 batch size: the images whose gate is open are moved to the front of the batch, and the branch runs on that part of the
 activations, in place. The shortcut of a closed identity block costs nothing, because its input is what a ReLU left.
 
-    fast = inference.accelerate(model)      # the outputs of model.eval(), sooner
+    fast = aig.accelerate(model)            # the outputs of model.eval(), sooner
     logits, gates = fast(images)
-    cost = inference.macs(model, 224)       # multiply-accumulates, part by part
+    cost = aig.count_macs(model, 224)       # multiply-accumulates, part by part
 
 Source of what is computed: Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, sec. 3.
 """
@@ -14,7 +14,6 @@ Source of what is computed: Veit, Belongie, "Convolutional networks with adaptiv
 from __future__ import annotations
 
 import copy
-import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,42 +23,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils import fuse_conv_bn_weights
 
-from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet, GatedBlock, check_gate_mode, draw_noise, log_odds
+from aig.losses import sum_dtype
+from aig.onednn import PackedWeight, fused_kernels
+from convnet_aig import (
+    RUNS_EVERYTHING,
+    AdaptiveResNet,
+    FoldedGate,
+    GatedBlock,
+    check_gate_mode,
+    conv_macs,
+    draw_noise,
+    log_odds,
+)
 
 # Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
 REPACKING = 1 << 17  # bytes of weights that take as long to bring into oneDNN's layout as a convolution to start
-
-
-@functools.cache
-def fused_kernels() -> tuple[Callable, Callable] | None:
-    """oneDNN's convolution with a ReLU, and the one that also adds to its last argument's memory; None without them.
-
-    torch.compile uses them, but they are no public interface: so they are tried before they are trusted.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return None
-    options = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float32, "device": "cpu"}
-    weight, bias = torch.randn(8, 8, 3, 3, **options), torch.randn(8, **options)
-    x, into = torch.randn(2, 2, 4, 4, 8, **options).permute(0, 1, 4, 2, 3)  # channels-last
-    with torch.autocast("cpu", enabled=False):
-        expected = F.conv2d(x, weight, bias, 1, 1)
-    try:
-        kernels = torch.ops.mkldnn._convolution_pointwise.default, torch.ops.mkldnn._convolution_pointwise_.binary
-        packed, rest = pack(weight, (1, 1), (1, 1), x.shape), (bias, (1, 1), (1, 1), (1, 1), 1)
-        plain = kernels[0](x, packed, *rest, "relu", [], "")
-        added = kernels[1](into.clone(), x, packed, *rest, "add", 1.0, "relu", [], "")
-        right = plain.allclose(expected.relu(), atol=1e-4) and added.allclose((expected + into).relu(), atol=1e-4)
-    except (AttributeError, RuntimeError, TypeError):
-        return None
-    return kernels if right else None
-
-
-def pack(weight: Tensor, stride: tuple, padding: tuple, shape: Sequence[int]) -> Tensor:
-    """The weight of a convolution in the layout that oneDNN wants for inputs of this shape, and for no other."""
-    return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), 1, list(shape))
 
 
 class Convolution:
@@ -71,21 +52,20 @@ class Convolution:
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        self.stride, self.padding = conv.stride, conv.padding
+        self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
         self.hold(weight.detach().contiguous(memory_format=torch.channels_last), bias.detach())
 
     def hold(self, weight: Tensor, bias: Tensor) -> None:
         """Takes these for its own and chooses how to compute."""
         self.weight, self.bias = weight, bias
-        self.fuses = weight.device.type == "cpu" and weight.dtype == torch.float32 and fused_kernels() is not None
-        self.packed: Tensor | None = None  # the weight in oneDNN's layout
-        self.shape: torch.Size | None = None  # of the input for which it was packed
+        fuses = weight.device.type == "cpu" and weight.dtype == torch.float32 and fused_kernels() is not None
+        self.fused = PackedWeight(weight, bias, self.stride, self.padding, self.groups) if fuses else None
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         self.hold(function(self.weight), function(self.bias))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "packed": None, "shape": None}  # oneDNN's layout can be neither copied nor saved
+        return {**self.__dict__, "fused": None}  # oneDNN's layout can be neither copied nor saved
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -93,49 +73,11 @@ class Convolution:
 
     def __call__(self, x: Tensor, relu: bool = True, into: Tensor | None = None) -> Tensor:
         """relu(conv(x) + into), written over `into` if given: (N, C, H, W) -> (N, C', H', W')."""
-        if not self.fuses:
-            out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-            out = out if into is None else into.add_(out)
-            return out.relu_() if relu else out
-        shape, activation = x.shape, "relu" if relu else "none"
-        weight = self.packed if shape == self.shape else self.weight_for(shape)
-        plain, added = fused_kernels()
-        if into is None:
-            return plain(x, weight, self.bias, self.padding, self.stride, (1, 1), 1, activation, [], "")
-        return added(into, x, weight, self.bias, self.padding, self.stride, (1, 1), 1, "add", 1.0, activation, [], "")
-
-    def weight_for(self, shape: torch.Size) -> Tensor:
-        """The weight, packed for a single image of this shape.
-
-        Several images share the unpacked one. oneDNN packs it anew in every call then, but their number changes from
-        call to call, and one packed weight for each number would fill the cache with copies.
-        """
-        if shape[0] > 1:
-            return self.weight
-        self.packed, self.shape = pack(self.weight, self.stride, self.padding, shape), shape
-        return self.packed
-
-
-class Gate:
-    """The gate with its BatchNorm folded in, and one output: log-odds of "execute" instead of two logits."""
-
-    def __init__(self, block: GatedBlock) -> None:
-        bn = block.fc1bn
-        statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
-        weight1, bias1 = fuse_linear_bn_weights(block.fc1.weight.flatten(1), block.fc1.bias, *statistics)
-        skip, execute = block.fc2.weight.detach().flatten(1)
-        self.weight1, self.bias1 = weight1.detach().t().contiguous(), bias1.detach()  # (C, 16), (16,)
-        self.weight2 = (execute - skip)[:, None]  # (16, 1)
-        self.bias2 = block.fc2.bias.detach().diff()  # (1,)
-
-    def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        self.weight1, self.bias1 = function(self.weight1), function(self.bias1)
-        self.weight2, self.bias2 = function(self.weight2), function(self.bias2)
-
-    def __call__(self, sums: Tensor, pixels: int) -> Tensor:
-        """Sums over the pixels of each channel, (N, C) -> log-odds (N, 1)."""
-        h = torch.addmm(self.bias1, sums, self.weight1, alpha=1 / pixels).relu_()  # (N, 16)
-        return torch.addmm(self.bias2, h, self.weight2)
+        if self.fused:
+            return self.fused(x, "relu" if relu else "none", into)
+        out = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+        out = out if into is None else into.add_(out)
+        return out.relu_() if relu else out
 
 
 class Rows:
@@ -144,7 +86,7 @@ class Rows:
     Attributes:
         x: (N, C, H, W), in channels-last layout and our own to write over.
         order: the image that each row belongs to.
-        changed: so many first rows of x are not what `sums` was computed from.
+        changed: so many first rows of x are not what `pooled` was computed from.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -157,14 +99,14 @@ class Rows:
         if changed > self.changed:
             self.changed = changed
 
-    def channel_sums(self) -> Tensor:
-        """Sums over the pixels, (N, C). A row that no branch has changed since is not summed again."""
+    def pooled_by(self, gate: FoldedGate) -> Tensor:
+        """What the gate pools, (N, C). A row that no branch has changed since is not pooled again."""
         if self.changed == len(self.order):
-            self.sums = self.x.sum((2, 3))
+            self.pooled = gate.pool(self.x)
         elif self.changed:
-            self.sums[: self.changed] = self.x[: self.changed].sum((2, 3))
+            self.pooled[: self.changed] = gate.pool(self.x[: self.changed])
         self.changed = 0
-        return self.sums
+        return self.pooled
 
     def to_front(self, chosen: Sequence[bool]) -> None:
         """Moves the chosen rows before the others: no more rows than have to move."""
@@ -178,7 +120,7 @@ class Rows:
         for row, image in zip(target, images, strict=True):
             self.order[row] = image
         source, target = torch.tensor([source, target], device=self.x.device)
-        for values in (self.x.permute(0, 2, 3, 1), self.sums):  # the order of channels-last memory
+        for values in (self.x.permute(0, 2, 3, 1), self.pooled):  # the order of channels-last memory
             values.index_copy_(0, target, values.index_select(0, source))
 
     def in_order(self, values: Tensor) -> Tensor:
@@ -195,14 +137,14 @@ class ConditionalBlock:
     def __init__(self, block: GatedBlock) -> None:
         *self.inner, self.last = (Convolution(conv, bn) for conv, bn in block.layers())
         self.shortcut = Convolution(*block.shortcut) if len(block.shortcut) else None
-        self.gate = Gate(block) if block.gated else None
+        self.gate = block.fold_gate() if block.gated else None
 
-    def parts(self) -> list[Convolution | Gate]:
+    def parts(self) -> list[Convolution | FoldedGate]:
         return [part for part in (*self.inner, self.last, self.shortcut, self.gate) if part is not None]
 
     def log_odds(self, rows: Rows) -> Tensor:
         """What the gate says to each row, (N, 1)."""
-        return self.gate(rows.channel_sums(), rows.x.shape[2] * rows.x.shape[3])
+        return self.gate(rows.pooled_by(self.gate), rows.x.shape[2] * rows.x.shape[3])
 
     def run(self, rows: Rows, is_open: Sequence[bool]) -> None:
         """relu(shortcut(x) + F(x)) for the rows that are open, relu(shortcut(x)) for the others."""
@@ -256,7 +198,7 @@ class Accelerated(nn.Module):
         self.poison = sum((0 * conv.weight.sum() + 0 * conv.bias.sum()).item() for conv in convolutions)  # 0 or NaN
         self.eval()
 
-    def parts(self) -> list[Convolution | Gate]:
+    def parts(self) -> list[Convolution | FoldedGate]:
         """All convolutions and gates."""
         return [self.conv1, *chain.from_iterable(block.parts() for block in self.blocks)]
 
@@ -286,7 +228,7 @@ class Accelerated(nn.Module):
         chunks = zip(x.split(size), self.bias(x, noise).split(size, dim=1), strict=True)
         logits, gates = zip(*(run(images, bias) for images, bias in chunks), strict=True)
         logits, gates = (logits[0], gates[0]) if len(logits) == 1 else (torch.cat(logits), torch.cat(gates, dim=1))
-        if self.conv1.fuses:  # oneDNN's ReLU makes 0 of NaN: what is broken must not look sound
+        if self.conv1.fused:  # oneDNN's ReLU makes 0 of NaN: what is broken must not look sound
             logits = logits + (0 * x.sum((1, 2, 3)) + self.poison)[:, None]
         return logits, list(gates.unbind())
 
@@ -295,7 +237,7 @@ class Accelerated(nn.Module):
         return sum(block.gate is not None for block in self.blocks)
 
     def bias(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """What opens a gate for an image if, added to the gate's log-odds, it gives more than 0: (gates, N)."""
+        """Offsets b, (gates, N): a gate opens where log-odds + b > 0."""
         if self.gate_mode == "sample":
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return noise[..., 1] - noise[..., 0]
@@ -336,18 +278,18 @@ class Accelerated(nn.Module):
     def skipping_single(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """`skipping` for one image, whose time is mostly overhead: no rows to sort, only branches to take or not."""
         x, biases = self.start(x).x, iter(bias.flatten().tolist())
-        sums, z = None, []
+        pooled, z = None, []
         for block in self.blocks:
             is_open = True
             if block.gate is not None:
-                sums = x.sum((2, 3)) if sums is None else sums  # after a closed branch x is what it was
-                is_open = block.gate(sums, x.shape[2] * x.shape[3]).item() + next(biases) > 0
+                pooled = block.gate.pool(x) if pooled is None else pooled  # after a closed branch x is what it was
+                is_open = block.gate(pooled, x.shape[2] * x.shape[3]).item() + next(biases) > 0
             out = x if block.shortcut is None else block.shortcut(x, relu=False)
             if is_open:
                 block.last(block.branch(x), into=out)
             elif block.shortcut is not None:
                 out.relu_()
-            sums = None if is_open or block.shortcut is not None else sums
+            pooled = None if is_open or block.shortcut is not None else pooled
             z.append([is_open])
             x = out
         return self.linear(x.mean((2, 3))), torch.tensor(z, dtype=x.dtype, device=x.device)
@@ -393,8 +335,8 @@ def seconds(network: nn.Module, images: Tensor, repeats: int = 3) -> float:
     for _ in range(repeats + 1):
         start = time.perf_counter()
         network(images)
-        if images.is_cuda:
-            torch.cuda.synchronize(images.device)
+        if images.device.type != "cpu":
+            torch.accelerator.synchronize(images.device)
         times.append(time.perf_counter() - start)
     return min(times[1:])
 
@@ -427,36 +369,25 @@ class Macs:
     def executed(self, z: Tensor, gates: bool = True) -> Tensor:
         """Of images that run the branches where z (N, L) is 1, with or without the gates' own share: (N,).
 
-        In float64, which holds the counts exactly; in float32 on MPS, which has no other.
+        In float64, which holds the counts exactly (on MPS in float32).
         """
-        dtype = torch.float32 if z.device.type == "mps" else torch.float64
+        dtype = sum_dtype(z.device)
         fixed = self.stem + sum(self.shortcuts) + self.head + gates * sum(self.gates)
         return fixed + z.to(dtype) @ torch.tensor(self.branches, dtype=dtype, device=z.device)
 
 
-def macs(model: AdaptiveResNet, image_size: int | Sequence[int]) -> Macs:
+def count_macs(model: AdaptiveResNet, image_size: int | Sequence[int]) -> Macs:
     """Multiply-accumulates of the convolutions and linear layers of a network, for one image.
 
     Args:
         image_size: height and width in pixels, or one number for both.
     """
     size = tuple(image_size) if isinstance(image_size, Sequence) else (int(image_size), int(image_size))
-    stem, size = convolution_macs(model.conv1, size)
+    stem, size = conv_macs(model.conv1, size)
     size = model.maxpool(torch.empty(1, 1, *size, device="meta")).shape[2:]
-    shortcuts, branches, gates = [], [], []
+    counts = []
     for block in model.blocks():
-        shortcuts.append(convolution_macs(block.shortcut[0], size)[0] if len(block.shortcut) else 0)
-        gates.append(block.fc1.weight.numel() + block.fc1.out_channels if block.gated else 0)
-        branch = 0
-        for conv, _ in block.layers():
-            count, size = convolution_macs(conv, size)
-            branch += count
-        branches.append(branch)
-    return Macs(stem, tuple(shortcuts), tuple(branches), tuple(gates), model.linear.weight.numel())
-
-
-def convolution_macs(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, tuple[int, int]]:
-    """The multiply-accumulates for one image of `size`, and the size of the output."""
-    geometry = zip(size, conv.kernel_size, conv.stride, conv.padding, strict=True)
-    height, width = ((length + 2 * padding - kernel) // stride + 1 for length, kernel, stride, padding in geometry)
-    return conv.weight.numel() * height * width, (height, width)
+        *count, size = block.macs(size)
+        counts.append(count)
+    shortcuts, branches, gates = zip(*counts, strict=True)
+    return Macs(stem, shortcuts, branches, gates, model.linear.weight.numel())

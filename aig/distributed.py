@@ -9,13 +9,15 @@ NCCL between GPUs. A process on its own is a world of one, which communicates wi
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,11 @@ class World:
     size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process is the one that prints, writes and plots."""
         return self.rank == 0
 
-    def share(self, count: int) -> slice:
+    def shard(self, count: int) -> slice:
         """This process's part of `count` items, as torch.tensor_split divides them; no communication."""
         each, more = divmod(count, self.size)
         start = self.rank * each + min(self.rank, more)
@@ -50,7 +52,7 @@ class World:
         parts = flat.split([value.numel() for value in values.values()])
         return {name: part.view_as(value) for (name, value), part in zip(values.items(), parts, strict=True)}
 
-    def agree(self, *numbers: int) -> list[int]:
+    def all_max(self, *numbers: int) -> list[int]:
         """The highest of each number over the processes. It waits for them, but not for a GPU's pending work."""
         if self.size == 1:
             return list(numbers)
@@ -67,13 +69,13 @@ class World:
         return torch.cat(parts).to(values.device)
 
     @contextmanager
-    def leader_first(self) -> Iterator[None]:
-        """Lets the leading process through the block before the others."""
-        if not self.leads:
-            self.agree(0)
+    def main_first(self) -> Iterator[None]:
+        """Lets the main process through the block before the others."""
+        if not self.is_main:
+            self.all_max(0)
         yield
-        if self.leads:
-            self.agree(0)
+        if self.is_main:
+            self.all_max(0)
 
 
 ALONE = World()
@@ -82,6 +84,32 @@ ALONE = World()
 def world() -> World:
     """The processes that this one has joined."""
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
+
+
+def wrap(model: nn.Module, world: World, sync_bn: bool, compile: bool) -> tuple[nn.Module, nn.Module]:
+    """The network as training calls it: in DistributedDataParallel for several processes; the same, compiled."""
+    network, device = model, next(model.parameters()).device
+    if world.size > 1:
+        if sync_bn:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is too new to use
+            network = DistributedDataParallel(
+                model,
+                device_ids=None if device.type == "cpu" else [device],
+                broadcast_buffers=False,  # `average_batchnorm` averages them, when someone is to use them
+                gradient_as_bucket_view=True,
+            )
+    # one graph for one shape: the smaller batch at the end of an epoch is not worth another
+    return network, torch.compile(network, dynamic=False) if compile else network
+
+
+def average_batchnorm(model: nn.Module, world: World) -> None:
+    """Gives every process the mean of all processes' BatchNorm statistics, which each keeps of its own images."""
+    if world.size > 1:
+        statistics = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
+        for name, total in world.total(statistics).items():
+            statistics[name].copy_(total / world.size)
 
 
 def local_rank() -> int:
@@ -105,7 +133,7 @@ class Failures:
         try:
             return self.store is None or self.store.add("failed", 1) == 1
         except dist.DistError:  # torchrun, which keeps the store, is gone
-            return world().leads
+            return world().is_main
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The paper's figures, each a function from arrays to a matplotlib figure; `analyze.py` computes and keeps the arrays.
+"""The paper's figures, each a function from arrays to a matplotlib figure; `parts` makes the arrays.
 
 Colours are Okabe and Ito's, the map is cividis: colour-blind readers can tell both apart. In grey, curves differ by
 marker and dash, and cividis by lightness.
@@ -11,19 +11,19 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Callable, Sequence
 from itertools import cycle, pairwise
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from scipy.cluster.hierarchy import dendrogram
 
-from dashboard import HUES, rgb
+from aig.palette import HUES, rgb
 
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
-WIDTH = 6.9  # inches, of a page with two columns
+WIDTH = 6.9  # inches: a page of a paper
 SHOWN = 30  # rows of names that can be read
 DRAWN_TREE = 200  # classes; scipy's drawing of larger trees can recurse too deep
 COLOURS = [rgb(hue) for hue in HUES]
@@ -38,7 +38,7 @@ def giga(macs: np.ndarray) -> tuple[float, str]:
 
 
 def ends(order: np.ndarray) -> np.ndarray:
-    """An order of classes, without those in the middle if they are too many to be shown."""
+    """An order of classes; of too many to show only the first and the last."""
     return order if len(order) <= SHOWN else np.concatenate([order[: SHOWN // 2], order[-SHOWN // 2 :]])
 
 
@@ -51,13 +51,14 @@ def apart(places: np.ndarray, least: float) -> list[int]:
     return chosen
 
 
-def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """Names beside the rows 0, 1, ..., where they can be read."""
-    if len(names) <= 130:
-        axes.set_yticks(range(len(names)), names, parse_math=False, fontsize=8 if len(names) <= SHOWN else 4)
+def name_rows(axis: Axis, names: Sequence[str], height: float) -> None:
+    """Names at 0, 1, ... of an axis that is so many points long: smaller ones for more rows, or none."""
+    size = min(8, 0.8 * height / len(names))
+    if size >= 3:
+        axis.set_ticks(range(len(names)), names, parse_math=False, fontsize=size)
     else:
-        axes.set_yticks([])
-    axes.tick_params(left=False)
+        axis.set_ticks([])
+    axis.set_tick_params(length=0)
 
 
 def mark_stages(axes: Axes, stages: Sequence[int]) -> None:
@@ -81,7 +82,8 @@ def rates(rates: np.ndarray, order: np.ndarray, tree: np.ndarray, classes: np.nd
         gated: (L,), whether the block has a gate.
     """
     count, blocks = rates.shape
-    figure = Figure((min(14, max(WIDTH, 2 + 0.17 * blocks)), min(10, 1.2 + 0.2 * count)), layout="constrained")
+    height = min(10, 1.2 + 0.2 * count)
+    figure = Figure((min(14, max(WIDTH, 2 + 0.17 * blocks)), height), layout="constrained")
     left, axes = figure.subplots(1, 2, width_ratios=(1, 9))
     left.axis("off")
     if 0 < len(tree) < DRAWN_TREE and tree[-1, 2] > 0:  # scipy draws no tree whose leaves are all alike
@@ -99,7 +101,7 @@ def rates(rates: np.ndarray, order: np.ndarray, tree: np.ndarray, classes: np.nd
             axes.text(column + 1, row, text, ha="center", va="center", color=colour, fontsize=7)
     ticks = [f"{number}" if has_gate else f"({number})" for number, has_gate in enumerate(gated, start=1)]
     axes.set_xticks(range(1, blocks + 1), ticks, fontsize=8 if blocks <= 20 else 5)
-    name_rows(axes, classes[order])
+    name_rows(axes.yaxis, classes[order], 72 * (height - 1))
     mark_stages(axes, stages)
     axes.set_xlabel("residual block" + ("" if gated.all() else " (in brackets: always runs)"))
     figure.colorbar(image, label="images that run the block", pad=0.01, aspect=30)
@@ -115,12 +117,11 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
         blocks, dense: L, and the multiply-accumulates of the net without gates.
     """
     unit, name = giga(dense)
-    counts = np.bincount(labels, minlength=len(classes))
-    with np.errstate(invalid="ignore"):
-        means = np.bincount(labels, executed, len(classes)) / counts
-    order = ends(np.argsort(means)[: np.sum(counts > 0)])
-    figure = Figure((WIDTH, 2.2 + max(1.5, 0.19 * len(order))), layout="constrained")
-    grid = figure.subplots(2, 2, sharex="col", height_ratios=(2, max(1.5, 0.19 * len(order))))
+    means = np.bincount(labels, executed) / np.bincount(labels)
+    order = ends(np.argsort(means))
+    height = max(1.5, 0.19 * len(order))  # of the lower panels
+    figure = Figure((WIDTH, 2.2 + height), layout="constrained")
+    grid = figure.subplots(2, 2, sharex="col", height_ratios=(2, height))
     (by_blocks, by_macs), (strips, boxes) = grid
     share = np.bincount(executed, minlength=blocks + 1) / len(executed)
     by_blocks.bar(range(blocks + 1), share, 0.9, color=COLOURS[0])
@@ -140,7 +141,7 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     least = max(0, int(executed.min()) - 1)
     strips.set_xlim(least - 0.5, blocks + 0.5)
     strips.xaxis.set_major_locator(MaxNLocator(integer=True))
-    name_rows(strips, classes[order])
+    name_rows(strips.yaxis, classes[order], 72 * height)
     strips.set_xlabel(f"blocks run, of {blocks}")
     places = [macs[labels == index] / unit for index in order]
     boxes.boxplot(places, orientation="horizontal", positions=range(len(order)), whis=(5, 95), showfliers=False,
@@ -155,13 +156,16 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     return figure
 
 
-def extremes(pixels: np.ndarray, names: np.ndarray, executed: np.ndarray, wrong: np.ndarray) -> Figure:
+def extremes(
+    pixels: np.ndarray, names: np.ndarray, numbers: np.ndarray, executed: np.ndarray, wrong: np.ndarray
+) -> Figure:
     """The images of each class that use the least (left) and the most (right) computation, the paper's figure 6.
 
     Args:
         pixels: (K', 2 n, H, W, 3) uint8, cheapest first.
         names: (K',).
-        executed: (K', 2 n), blocks run, -1 where there is no image.
+        numbers: (K', 2 n), of the images, -1 where there is none.
+        executed: (K', 2 n), blocks run.
         wrong: (K', 2 n), the class it was mistaken for, "" if it was not.
     """
     rows, columns = executed.shape
@@ -175,7 +179,7 @@ def extremes(pixels: np.ndarray, names: np.ndarray, executed: np.ndarray, wrong:
         name = textwrap.fill(str(names[row]), 14)
         grid[row, 0].text(-0.15, 0.5, name, ha="right", va="center", transform=grid[row, 0].transAxes, parse_math=False)
         for column in range(columns):
-            if executed[row, column] >= 0:
+            if numbers[row, column] >= 0:
                 axes = grid[row, column + (column >= half)]
                 axes.imshow(pixels[row, column], interpolation="nearest")
                 mistake = f" ({wrong[row, column][:11]})" if wrong[row, column] else ""
@@ -190,8 +194,8 @@ def curve(run: np.ndarray, mode: np.ndarray, threshold: np.ndarray, usual: np.nd
     """Error over computation, as the paper's figure 3: a curve for the thresholds of the first run, marks for others.
 
     Args:
-        run, mode, threshold, usual, error, macs_mean: one value for each point; NaN for the threshold of other modes
-            than argmax; `usual` tells points to be marked from those of the sweep; error in percent.
+        run, mode, threshold, usual, error, macs_mean: one value for each point. The threshold is NaN in other modes
+            than argmax, `usual` points are marked, the others only swept over, and error is in percent.
     """
     figure = Figure((WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
@@ -236,8 +240,9 @@ def robustness(runs: np.ndarray, epsilons: np.ndarray, error: np.ndarray, gates_
     shown = {"top-1 accuracy, %": 100 - error, "gate decisions changed, %": 100 * gates_changed,
              "execution rate": execution_rate}
     adaptive = (execution_rate < 1).any((1, 2))
+    styles = [(COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]) for index in range(len(runs))]
     for axes, (label, values) in zip(panels, shown.items(), strict=True):
-        for index, (colour, marker) in zip(range(len(runs)), cycle(zip(COLOURS, MARKERS, strict=False)), strict=False):
+        for index, (colour, marker) in enumerate(styles):
             if adaptive[index] or axes is panels[0]:
                 style = {"color": colour, "marker": marker, "markersize": 4}
                 axes.plot(255 * epsilons, values[index, 0], "-", **style)
@@ -246,9 +251,8 @@ def robustness(runs: np.ndarray, epsilons: np.ndarray, error: np.ndarray, gates_
         axes.set_xlabel("epsilon of FGSM, in 1/255")
         axes.grid(alpha=0.3)
     panels[0].set_ylim(bottom=0)
-    styles = cycle(zip(COLOURS, MARKERS, strict=False))
     names = [Line2D([], [], color=colour, marker=marker, label=name)
-             for name, (colour, marker) in zip(runs, styles, strict=False)]
+             for name, (colour, marker) in zip(runs, styles, strict=True)]
     ways = [Line2D([], [], color="grey", label="as attacked"),
             Line2D([], [], color="grey", linestyle="--", label=f"then JPEG, quality {quality}")]
     figure.legend(handles=[*names, *ways], loc="outside upper center", ncols=4, frameon=False)
@@ -264,13 +268,16 @@ def similarity(agreement: np.ndarray, order: np.ndarray, classes: np.ndarray, ex
         order: of the classes.
         excess, shuffled, p: see `measures.similarity`.
     """
-    figure = Figure((WIDTH, 3.4), layout="constrained")
-    axes, chance = figure.subplots(1, 2, width_ratios=(4, 3))
-    values = agreement[np.ix_(order, order)]
-    image = axes.imshow(values, MAP, interpolation="nearest")
-    name_rows(axes, classes[order])
-    axes.set_xticks(axes.get_yticks(), [label.get_text() for label in axes.get_yticklabels()], rotation=90,
-                    fontsize=8 if len(order) <= SHOWN else 4, parse_math=False)
+    if len(order) <= SHOWN:
+        figure, height = Figure((WIDTH, 3.4), layout="constrained"), 140
+        axes, chance = figure.subplots(1, 2, width_ratios=(4, 3))
+    else:
+        figure, height = Figure((WIDTH, 8.4), layout="constrained"), 380
+        axes, chance = figure.subplots(2, 1, height_ratios=(4, 1))
+    image = axes.imshow(agreement[np.ix_(order, order)], MAP, interpolation="nearest")
+    for axis in (axes.xaxis, axes.yaxis):
+        name_rows(axis, classes[order], height)
+    axes.tick_params("x", rotation=90)
     figure.colorbar(image, label="gates that decide alike")
     # with an edge, because their range can be too narrow to be seen
     chance.hist(shuffled, 40, color="grey", edgecolor="grey",
@@ -278,6 +285,7 @@ def similarity(agreement: np.ndarray, order: np.ndarray, classes: np.ndarray, ex
     chance.axvline(excess, color=COLOURS[1], label=f"these labels: {excess:.4f}, p = {p:.3g}")
     chance.set_xlabel("agreement within classes - between classes")
     chance.set_yticks([])
+    chance.xaxis.set_major_locator(MaxNLocator(4))
     chance.spines["left"].set_visible(False)
     chance.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), frameon=False)
     return figure
@@ -321,12 +329,6 @@ def graphs(pixels: np.ndarray, files: np.ndarray, guesses: np.ndarray, opened: n
     return figure
 
 
-FIGURES: dict[str, Callable[..., Any]] = {
-    "rates": rates,
-    "usage": usage,
-    "extremes": extremes,
-    "curve": curve,
-    "robustness": robustness,
-    "similarity": similarity,
-    "graphs": graphs,
+FIGURES: dict[str, Callable[..., Figure]] = {
+    figure.__name__: figure for figure in (rates, usage, extremes, curve, robustness, similarity, graphs)
 }

@@ -1,0 +1,242 @@
+"""What inference graphs look like from outside: opening rates, computation, similarity, robustness; arrays, no figures.
+
+Sources: Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, sec. 4 (figures 3 to 7);
+Goodfellow, Shlens, Szegedy, "Explaining and harnessing adversarial examples", ICLR 2015 (the attack).
+
+Shapes: N images, L blocks, K classes, R runs, E epsilons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.cluster.hierarchy import leaves_list, linkage
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from aig.console import progress_bar
+from aig.data import Loader
+from aig.environment import derive_seed
+from aig.evaluation import accelerated, measure, predictions
+from aig.inference import Macs
+from aig.losses import Objective
+from convnet_aig import AdaptiveResNet, draw_noise
+
+Arrays = dict[str, np.ndarray]
+GRADIENT_PIXELS = 1 << 19  # gradients are taken of so many at once: 10 photographs, about 1 GiB for ResNet-50
+
+
+# ---------------------------------------------------------------------------------------------- graphs of all images
+
+
+def inference_graphs(network: nn.Module, loader: Loader, cost: Macs, seed: int) -> Arrays:
+    """The graph of every image in the network's gate mode, in the order of the loader.
+
+    Args:
+        network: in gate mode "argmax" or "sample".
+        seed: see `evaluation.predictions`.
+
+    Returns:
+        labels, predicted (N,); opened (N, L), whether the branch ran; macs (N,), multiply-accumulates.
+    """
+    found: dict[str, list[Tensor]] = {"labels": [], "predicted": [], "opened": [], "macs": []}
+    for _, labels, logits, z in predictions(network, loader, seed):
+        batch = {"labels": labels, "predicted": logits.argmax(1), "opened": z > 0.5, "macs": cost.executed(z)}
+        for name, values in batch.items():
+            found[name].append(values)
+    return {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
+
+
+def cheapest_and_dearest(macs: np.ndarray, count: int) -> np.ndarray:
+    """The places in macs (N,) of the `count` least values on the left and the most on the right: (2 count,).
+
+    Equal ones stay in their order; -1 in the middle where there are too few.
+    """
+    order = np.argsort(macs, kind="stable")
+    left = order[: min(count, (len(order) + 1) // 2)]
+    right = order[len(left) :][-count:]
+    return np.concatenate([left, np.full(2 * count - len(left) - len(right), -1), right])
+
+
+def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Average-linkage clustering of classes by their opening rates (K, L), leaves ordered so that neighbours are alike.
+
+    Returns:
+        The order of the classes (K,) and scipy's linkage matrix (K - 1, 4).
+    """
+    if len(rates) < 2:
+        return np.arange(len(rates)), np.zeros((0, 4))
+    # the time of optimal ordering grows with the square of the classes or faster
+    tree = linkage(rates, "average", optimal_ordering=len(rates) <= 200)
+    return leaves_list(tree), tree
+
+
+# ---------------------------------------------------------------------------------------------- similarity
+
+
+def compare(opened: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Compares the graphs of all ordered pairs of different images: opened (N, L) -> two arrays (K, K), by classes.
+
+    Returns:
+        How many gates decide alike, and how many were compared; sums in float64, which are exact.
+    """
+    gates, counts = opened.shape[1], np.bincount(labels, minlength=num_classes).astype(float)
+    ones = np.stack([np.bincount(labels, gate, num_classes) for gate in opened.T], axis=1)  # (K, L) images that open it
+    zeros = counts[:, None] - ones
+    alike = ones @ ones.T + zeros @ zeros.T - np.diag(gates * counts)  # no image is paired with itself
+    return alike, gates * (np.outer(counts, counts) - np.diag(counts))
+
+
+def within_and_between(alike: np.ndarray, compared: np.ndarray) -> tuple[float, float]:
+    """The agreement within classes and between them, as fractions, from what `compare` returns; NaN without a pair."""
+    inside, pairs = np.trace(alike), np.trace(compared)
+    with np.errstate(invalid="ignore"):
+        return float(inside / pairs), float((alike.sum() - inside) / (compared.sum() - pairs))
+
+
+def similarity(opened: np.ndarray, labels: np.ndarray, num_classes: int, permutations: int, seed: int) -> Arrays:
+    """Are graphs of one class more alike than those of different classes, beyond chance?
+
+    The measure is the mean agreement within classes minus that between them; chance is what it is when the labels are
+    shuffled among the images.
+
+    Args:
+        opened: (N, L), the decisions of the L gates.
+        permutations: number of shuffles.
+
+    Returns:
+        agreement (K, K), the fraction of gates that decide alike in two images of these classes, NaN without a pair;
+        within, between; excess, their difference; shuffled, the same for shuffled labels (permutations,);
+        p = (1 + number of those at least as large) / (1 + permutations).
+    """
+    alike, compared = compare(opened, labels, num_classes)
+    within, between = within_and_between(alike, compared)
+    random = np.random.default_rng(derive_seed(seed, "permutations"))
+    shuffled, labels = [], np.sort(labels)
+    for _ in progress_bar(range(permutations), "permutations", permutations, "permutation"):
+        mixed = opened[random.permutation(len(opened))]
+        inside, outside = within_and_between(*compare(mixed, labels, num_classes))
+        shuffled.append(inside - outside)
+    # the counts are exact and only the division rounds: equal values may differ in the last digit
+    larger = np.sum(np.array(shuffled) >= within - between - 1e-12)
+    with np.errstate(invalid="ignore"):
+        agreement = np.where(compared > 0, alike / compared, np.nan)
+    return {
+        "agreement": agreement,
+        "within": np.array(within),
+        "between": np.array(between),
+        "excess": np.array(within - between),
+        "shuffled": np.array(shuffled),
+        "p": np.array((1 + larger) / (1 + permutations)),
+    }
+
+
+# -------------------------------------------------------------------------------------------- accuracy and computation
+
+
+def operating_points(
+    model: AdaptiveResNet, loader: Loader, objective: Objective, points: Sequence[tuple[str, float]], **settings: Any
+) -> list[dict[str, Any]]:
+    """Measures the network as `--test` does, once for each (gate mode, threshold).
+
+    Args:
+        objective, settings: see `evaluation.measure`.
+
+    Returns:
+        For each point mode, threshold (NaN in other modes than argmax), error in percent, execution_rate, macs_mean,
+        macs_fraction, macs_paper.
+    """
+    usual = model.gate_mode, model.threshold
+    found = []
+    for mode, threshold in progress_bar(points, "operating points", len(points), "point"):
+        model.gate_mode, model.threshold = mode, threshold
+        result = measure(model, loader, objective, **settings)
+        values = {name: result[name] for name in ("execution_rate", "macs_mean", "macs_fraction", "macs_paper")}
+        at = threshold if mode == "argmax" else float("nan")
+        found.append({"mode": mode, "threshold": at, "error": 100 - result["top1"], **values})
+    model.gate_mode, model.threshold = usual
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- robustness
+
+
+def gradient_sign(model: AdaptiveResNet, normalised: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+    """The sign of the gradient of the cross entropy by the images, (N, 3, H, W), in the model's mode and gate mode.
+
+    Through hard gates it is the straight-through one, see `AdaptiveResNet`: an attack that sees through them.
+    Normalising does not change signs, so this is the sign for pixels, too.
+    """
+    size = max(1, GRADIENT_PIXELS // (normalised.shape[2] * normalised.shape[3]))
+    noises = [None] * len(labels.split(size)) if noise is None else noise.split(size, dim=1)
+    signs = []
+    for images, target, part in zip(normalised.split(size), labels.split(size), noises, strict=True):
+        images = images.detach().clone().requires_grad_()
+        logits, _ = model(images, noise=part)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), images)
+        signs.append(gradient.sign())
+    return torch.cat(signs)
+
+
+def fgsm(pixels: Tensor, sign: Tensor, epsilon: float) -> Tensor:
+    """x + epsilon sign(grad), within the range of pixels: the fast gradient sign method.
+
+    Args:
+        pixels: (N, 3, H, W) in [0, 255].
+        sign: of the gradient, see `gradient_sign`.
+        epsilon: in units of the whole range.
+    """
+    return (pixels + 255 * epsilon * sign).clamp(0, 255)
+
+
+def jpeg(pixels: Tensor, quality: int) -> Tensor:
+    """Pixels (N, 3, H, W) in [0, 255], rounded to whole numbers and once compressed at this quality, as floats."""
+    images = (TF.to_pil_image(image) for image in pixels.round().to("cpu", torch.uint8))
+    # through Pillow: for tensors torchvision uses encoders of its own, which are to be removed
+    return torch.stack([TF.pil_to_tensor(TF.jpeg(image, quality)) for image in images]).to(pixels)
+
+
+def robustness(
+    model: AdaptiveResNet, loader: Loader, epsilons: Sequence[float], quality: int, cost: Macs, seed: int
+) -> Arrays:
+    """Accuracy under FGSM, without and with JPEG compression of the attacked images, and what becomes of the graphs.
+
+    The attack takes the gradient in the model's own gate mode. In "sample" it knows the noise of the evaluation, which
+    is the one of `evaluation.predictions` for this seed.
+
+    Returns:
+        Arrays (2, E), without and with compression: error in percent; execution_rate; macs_mean; gates_changed, the
+        fraction of gate decisions that the attack changes; images_changed, the fraction of images with such a decision.
+    """
+    network, normaliser = accelerated(model, loader), loader.normaliser
+    gated = torch.tensor([block.gated for block in model.blocks()])
+    names = ("wrong", "executed", "macs", "gates_changed", "images_changed")
+    sums = {name: np.zeros((2, len(epsilons))) for name in names}
+    torch.manual_seed(seed)
+    for images, labels in progress_bar(loader.batches(), "attacking", len(loader), "batch"):
+        noise = draw_noise(model.num_gates, len(images), images) if model.gate_mode == "sample" else None
+        original = normaliser.pixels(images)
+        clean = normaliser(original)
+        sign = gradient_sign(model.eval(), clean, labels, noise)
+        usual = torch.stack(network(clean, noise=noise)[1], dim=1)  # (n, L)
+        for column, epsilon in enumerate(epsilons):
+            attacked = fgsm(original, sign, epsilon)
+            for row, seen in enumerate((attacked, jpeg(attacked, quality))):
+                logits, gates = network(normaliser(seen), noise=noise)
+                z = torch.stack(gates, dim=1)
+                changed = (z != usual)[:, gated]
+                values = (logits.argmax(1) != labels, z, cost.executed(z), changed, changed.any(1))
+                for name, value in zip(names, values, strict=True):
+                    sums[name][row, column] += value.sum().item()
+    count, gates = loader.num_images, max(1, int(gated.sum()))
+    return {
+        "error": 100 * sums["wrong"] / count,
+        "execution_rate": sums["executed"] / (count * len(gated)),
+        "macs_mean": sums["macs"] / count,
+        "gates_changed": sums["gates_changed"] / (count * gates),
+        "images_changed": sums["images_changed"] / count,
+    }

@@ -1,0 +1,256 @@
+"""What a command says and how it ends: one-line errors, flags, signals, progress bars, exit status.
+
+Exit status: 0 done; 2 bad arguments, or missing or unfit input (one line on stderr); 128 + the signal that stopped a
+training, which is saved first; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import os
+import shlex
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from aig import distributed
+
+# What `say` and `warn` print. It waits in `history` for a run folder, whose log.txt it goes to.
+log = logging.getLogger("aig")
+history = MemoryHandler(math.inf, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+log.setLevel(logging.INFO)
+log.propagate = False
+log.addHandler(history)
+
+
+class InputError(Exception):
+    """Bad arguments, or missing or unfit input: one line that says what to do; exit status 2."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on, for a non-finite loss or a full disk: one line; exit status 1."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run; what it had done is saved.
+
+    Attributes:
+        signal: its number.
+    """
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(f"{signal.Signals(number).name}: {message}")
+        self.signal = number
+
+
+class Signals:
+    """Inside a `with`, the first SIGINT, SIGTERM or SIGUSR1 is only noted, in `received`; the next acts as usual.
+
+    Under torchrun every one is only noted: torchrun itself sends a second one, and kills what does not end.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():  # Python handles signals nowhere else
+            handled = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self.usual = {number: signal.signal(number, self.note) for number in handled}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame: Any) -> None:
+        self.received = number
+        if distributed.world().size == 1:
+            self.__exit__()
+
+
+# ---------------------------------------------------------------------------------------------- printing
+
+
+def say(text: str) -> None:
+    """Prints text, at once, and adds it to the log of the run that is going on."""
+    print(text, flush=True)
+    log.info(text)
+
+
+def warn(text: str) -> None:
+    """The same on stderr."""
+    print(text, file=sys.stderr, flush=True)
+    log.warning(text)
+
+
+def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
+    """A bar on the terminal; silent if there is none, and in all processes but the main one."""
+    disable = None if distributed.world().is_main else True
+    return tqdm(iterable, description, total, leave=False, disable=disable, unit=unit, initial=initial)
+
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, and whose help gives each default that says something."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see --help)")
+
+    def parse_known_args(
+        self, args: Iterable[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Like argparse, but rejects `--flag=--`, which argparse reads as an empty list."""
+        args = list(sys.argv[1:] if args is None else args)
+        for text in args:
+            if text.endswith("=--"):
+                self.error(f"argument {text.removesuffix('=--')}: invalid value: '--'")
+        return super().parse_known_args(args, namespace)
+
+    @property
+    def flags(self) -> dict[str, argparse.Action]:
+        """The flags by the name of their value. (argparse has no public list of them.)"""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def given(self, argv: Iterable[str] | None) -> dict[str, Any]:
+        """The values that are on the command line, without any default."""
+        unset = object()
+        known, _ = self.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(self.flags, unset)))
+        return {name: value for name, value in vars(known).items() if value is not unset and value is not None}
+
+    def as_typed(self, values: dict[str, Any], source: str | Path) -> dict[str, Any]:
+        """Values of flags that a file records, None left out, checked as if they had been typed. Raises InputError."""
+        found = {}
+        for name, value in values.items():
+            if value is None:
+                continue
+            try:
+                found[name] = typed(self.flags[name], value)
+            except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError) as error:
+                raise InputError(f"{source}: the {name.replace('_', '-')} it records is unfit: {error}") from error
+        return found
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds "(default: ...)" to the help of flags that have one, unless it is off, empty or in the text already."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        silent = action.default in (None, False, "", argparse.SUPPRESS) or "default" in text
+        return text if silent or not action.option_strings else f"{text} (default: %(default)s)".strip()
+
+
+def typed(action: argparse.Action, value: Any) -> Any:
+    """A recorded value, passed through its flag's own type and choices. Raises ArgumentTypeError."""
+    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+        if not isinstance(value, bool):
+            raise argparse.ArgumentTypeError(f"{value!r} is not true or false")
+        return value
+    if action.nargs in ("*", "+"):
+        if not isinstance(value, list):
+            raise argparse.ArgumentTypeError(f"{value!r} is not a list")
+        return [action.type(str(item)) for item in value]
+    if not isinstance(value, (str, int, float, list)) or isinstance(value, bool):
+        raise argparse.ArgumentTypeError(f"{value!r} is not one value")
+    text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    converted = (action.type or str)(text)
+    if isinstance(value, list) and converted != value:
+        raise argparse.ArgumentTypeError(f"{value!r} is not one value")
+    if action.choices is not None and converted not in action.choices:
+        raise argparse.ArgumentTypeError(f"{value!r} is not one of {', '.join(action.choices)}")
+    return converted
+
+
+def number(
+    kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], Any]:
+    """An argparse type: an int or float in [low, high], larger than `above` and smaller than `below`."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
+        if kind is int and abs(value) >= 2**63:  # no tensor and no float may hold it
+            raise argparse.ArgumentTypeError(f"{text[:20]}... is too large")
+        if not (low <= value <= high and above < value < below) or value in (math.inf, -math.inf):
+            bounds = [f"at least {low:g}"] * (low > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+            bounds += [f"at most {high:g}"] * (high < math.inf) + [f"below {below:g}"] * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds) or 'finite'}")
+        return value
+
+    return convert
+
+
+def experiment_name(text: str) -> str:
+    """An argparse type: the name of one folder."""
+    if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 200:
+        raise argparse.ArgumentTypeError(f"{text!r} must be the name of a folder, without a path")
+    return text
+
+
+def command() -> str:
+    """The command line of this process."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m`
+    program = ["python", "-m", spec.name.removesuffix(".__main__")] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+# ---------------------------------------------------------------------------------------------- a command's end
+
+
+def run_command(main: Callable[[], None], name: str) -> NoReturn:
+    """Runs `main`, as one of several processes if torchrun started it, and ends the process with its exit status."""
+    warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF data, which nothing here reads
+    warnings.filterwarnings("ignore", message="This DataLoader will create")  # --workers is the user's to choose
+    warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels, where it means nothing
+    with distributed.joined() as failures:
+        if not distributed.world().is_main:
+            sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+        if status := outcome(main, name, failures):
+            sys.exit(status)
+    sys.exit(0)
+
+
+def outcome(main: Callable[[], None], name: str, failures: distributed.Failures) -> int:
+    """Runs `main` and returns the exit status of this module's docstring, after its one line on stderr."""
+    history.buffer.clear()
+    try:
+        main()
+        sys.stdout.flush()
+        return 0
+    except InputError as error:
+        line, status = f"{name}: error: {' '.join(str(error).split())}", 2
+    except TrainingError as error:
+        line, status = f"{name}: {error}", 1
+    except BrokenPipeError:  # as in `train.py ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Interrupted as stop:
+        line, status = f"{name}: {stop}", 128 + stop.signal
+    except KeyboardInterrupt:
+        line, status = f"{name}: interrupted; what was finished before is saved", 130
+    except Exception:
+        if failures.first():
+            raise
+        return 1  # because another process failed, and said why
+    # Training stops in every process or in the main one, so the main one reports.
+    # An input error may hit one process only, so the first to fail reports.
+    first = failures.first()
+    if first if status == 2 else distributed.world().is_main:
+        print(line, file=sys.stderr)
+    return status

@@ -1,0 +1,595 @@
+"""Data sets and loaders: CIFAR-10/100, digits, class folders of small images, and folders laid out like ImageNet.
+
+Small images live on the device as one uint8 tensor and are cropped, flipped and normalised in batches, with the
+distribution of torchvision's transforms. Everything random is a function of (seed, epoch, step).
+A further data set is an entry in `DATASETS`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from aig import distributed
+from aig.console import InputError, progress_bar, say
+from aig.distributed import ALONE, World
+from aig.environment import derive_seed, without_empty_folders
+from aig.images import Normaliser, photo_transform, read_image, shrink
+
+Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
+PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
+IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+@dataclass(frozen=True)
+class SmallImages:
+    """A set of small images.
+
+    Attributes:
+        images: (N, H, W, 3) uint8.
+        labels: (N,) int64.
+        classes: the names of the K classes.
+        files: the paths of the N images, none where they are not files.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: list[str]
+    files: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, indices: Tensor) -> SmallImages:
+        files = [self.files[index] for index in indices.tolist()] if self.files else ()
+        return SmallImages(self.images[indices], self.labels[indices], self.classes, files)
+
+
+# ---------------------------------------------------------------------------------------------- small images: reading
+
+
+def load_cifar(name: str, root: Path, train: bool) -> SmallImages:
+    """CIFAR from `root`, downloaded if it is not there. Raises InputError if it cannot be had."""
+    from torchvision import datasets  # here, because importing torchvision takes seconds
+
+    source = getattr(datasets, name)
+    try:
+        with distributed.world().main_first(), without_empty_folders(root):
+            found = source(root, train, download=True)  # downloads only what is not there
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{name} is not in {root} and cannot be downloaded: put {source.filename} (from {source.url}) into "
+            f"{root}, or try --dataset digits, which needs no download"
+        ) from error
+    return SmallImages(torch.from_numpy(found.data), torch.tensor(found.targets), list(found.classes))
+
+
+def load_digits(root: Path, train: bool) -> SmallImages:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels, a fixed stratified 80/20 split."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    indices = train_test_split(range(len(digits.target)), test_size=0.2, stratify=digits.target, random_state=0)
+    part = indices[0 if train else 1]
+    grey = torch.from_numpy(np.rint(digits.images[part] * (255 / 16)).astype(np.uint8))  # (N, 8, 8), 0..16 before
+    labels = torch.from_numpy(digits.target[part]).long()
+    return SmallImages(grey[..., None].repeat(1, 1, 1, 3), labels, [str(name) for name in digits.target_names])
+
+
+def load_folder(root: Path, train: bool, split: float | None = None) -> SmallImages:
+    """One folder per class, images of any size, brought to 32x32: short side resized, centre cropped."""
+    found = open_split(root, train, ("test", "val"), split)
+    files, labels = [path for path, _ in found.samples], [label for _, label in found.samples]
+    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
+        arrays = pool.map(read_small, files)
+        images = np.stack(list(progress_bar(arrays, f"reading {found.root}", len(files), "image")))
+    return SmallImages(torch.from_numpy(images), torch.tensor(labels), found.classes, files)
+
+
+def read_small(path: str) -> np.ndarray:
+    return np.asarray(shrink(read_image(path), DATASETS["folder"].size))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set of small images.
+
+    Attributes:
+        load: (folder, train or test) -> its images; raises InputError.
+        augment: of training, see `SmallImageLoader`.
+        statistics: to normalise with; None measures the training images.
+        size: height and width in pixels.
+    """
+
+    load: Callable[..., SmallImages]
+    augment: str
+    statistics: Statistics | None
+    size: int
+
+
+DATASETS = {
+    # The original's constants; its std is the mean of the images' own stds, smaller than that of all pixels
+    "cifar10": Source(
+        partial(load_cifar, "CIFAR10"), "crop+flip", ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), 32
+    ),
+    "cifar100": Source(
+        partial(load_cifar, "CIFAR100"), "crop+flip", ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)), 32
+    ),
+    "folder": Source(load_folder, "crop+flip", None, 32),
+    "digits": Source(load_digits, "crop", None, 8),
+}
+
+
+# ---------------------------------------------------------------------------------------------- class folders
+
+
+def open_split(root: Path, train: bool, tests: Sequence[str], split: float | None, transform: Any = None) -> Any:
+    """torchvision's ImageFolder of the training or the test images in `root`.
+
+    Args:
+        tests: names that the folder of the test images may have, beside `train`.
+        split: with it, `root` itself holds the class folders, and this part of each class is held out for the test.
+
+    Raises:
+        InputError: if there is no such folder, no class in it, or a class without images.
+    """
+    check_folder(root)
+    if not split:
+        return open_image_folder(find_split(root, ("train",) if train else tests), transform)
+    if any((root / name).is_dir() for name in ("train", *tests)):
+        raise InputError(f"{root} is split already: leave out --split")
+    found = open_image_folder(root, transform)
+    labels = np.array(found.targets)
+    order, kept = np.random.default_rng(0).permutation(len(labels)), []
+    for label in range(len(found.classes)):
+        members = order[labels[order] == label]
+        held_out = min(max(1, round(split * len(members))), len(members) - 1)
+        kept += (members[held_out:] if train else members[:held_out]).tolist()
+    if not kept:
+        raise InputError(f"--split: each class in {root} has a single image, so none can be held out")
+    found.samples = [found.samples[index] for index in sorted(kept)]
+    return found
+
+
+def check_folder(root: Path) -> None:
+    """Raises InputError if there is no such folder."""
+    try:
+        found = root.is_dir()
+    except OSError as error:  # a name that is too long, for instance
+        raise InputError(f"cannot read the folder {root}: {error.strerror}") from error
+    if not found:
+        raise InputError(f"no such folder: {root}")
+
+
+def find_split(root: Path, names: Sequence[str]) -> Path:
+    """The first of these folders that exists under root. Raises InputError if none does."""
+    for name in names:
+        if (root / name).is_dir():
+            return root / name
+    wanted = " or ".join(f"{name}/" for name in names)
+    how = f"expected one folder per class inside it; if {root} holds the class folders themselves, add --split 0.2"
+    raise InputError(f"no folder {wanted} in {root}: {how}")
+
+
+def open_image_folder(folder: Path, transform: Any = None) -> Any:
+    """torchvision's ImageFolder. Raises InputError if it has no classes, or a class without images."""
+    from torchvision import datasets
+
+    try:
+        return datasets.ImageFolder(folder, transform, loader=read_image)
+    except OSError as error:  # no class folder, a class folder without images, or one that cannot be read
+        raise InputError(str(error).split(" Supported extensions")[0].rstrip(".") + f" (in {folder})") from error
+
+
+def same_classes(train: list[str], other: list[str], where: str) -> None:
+    """Raises InputError naming the classes that only one of the two lists has."""
+    if train != other:
+        differing = sorted(set(train) ^ set(other))
+        raise InputError(f"the classes of {where} differ from those trained on: {', '.join(differing[:5]) or 'order'}")
+
+
+# ---------------------------------------------------------------------------------------------- choosing images
+
+
+def pixel_statistics(source: Source, images: SmallImages) -> Statistics:
+    """The mean and std to normalise with: the data set's own, or those of these images."""
+    if source.statistics:
+        mean, std = source.statistics
+        return list(mean), list(std)
+    count, total, squares = 0, 0.0, 0.0
+    for chunk in images.images.split(1024):
+        pixels = (chunk.permute(0, 3, 1, 2).double() / 255).movedim(1, 0).flatten(1)  # (3, pixels)
+        count += pixels.shape[1]
+        total, squares = total + pixels.sum(1), squares + pixels.square().sum(1)
+    mean = total / count
+    std = (squares / count - mean.square()).clamp(min=0).sqrt()
+    return mean.tolist(), [max(value, 1 / 255) for value in std.tolist()]  # images of one colour must not divide by 0
+
+
+def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]:
+    """Splits off `count` images, always the same ones whatever the seed of the run: (the rest, those held out)."""
+    if count > len(images) - 2:
+        raise InputError(f"--val-size {count}: there are only {len(images)} training images, and two must remain")
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images.subset(order[count:]), images.subset(order[:count])
+
+
+def subset_indices(size: int, count: int, flag: str) -> Tensor:
+    """Indices of `count` of `size` images, always the same ones. Raises InputError if there are not so many."""
+    if count > size:
+        raise InputError(f"{flag} {count}: there are only {size} images")
+    return torch.randperm(size, generator=torch.Generator().manual_seed(1))[:count]
+
+
+# ---------------------------------------------------------------------------------------------- loaders
+
+
+def odd_images(count: int, batch_size: int, world: World) -> int:
+    """Images of the last training batch if they are too few: BatchNorm of a gate needs two in every process."""
+    last = count % batch_size
+    return last if last < 2 * world.size else 0
+
+
+class Loader:
+    """Batches of images of `classes`, of which every process of the `world` gets its shard.
+
+    Attributes:
+        labels: (N,), those of all images, before shuffling.
+        num_images: in an epoch; training leaves `dropped` images out of the last batch, see `odd_images`.
+        size: (H, W) of an image.
+        batch_size: of all processes together.
+        normaliser: turns pixels into the network's input.
+        files: the paths of all images, none where they are not files.
+    """
+
+    classes: list[str]
+    labels: Tensor
+    files: Sequence[str]
+    size: tuple[int, int]
+    normaliser: Normaliser
+
+    def __init__(self, count: int, batch_size: int, seed: int, training: bool, world: World) -> None:
+        self.batch_size, self.seed, self.training, self.world = batch_size, seed, training, world
+        self.count, self.dropped = count, odd_images(count, batch_size, world) if training else 0
+        self.num_images = count - self.dropped
+
+    def __len__(self) -> int:
+        return -(-self.num_images // self.batch_size)
+
+    def images_in(self, step: int) -> int:
+        """Images in batch `step`, counted from 1, of all processes."""
+        return min(self.batch_size, self.num_images - (step - 1) * self.batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The images of an epoch in their order: shuffled in training."""
+        if not self.training:
+            return torch.arange(self.num_images)
+        shuffle = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", epoch))
+        return torch.randperm(self.count, generator=shuffle)[: self.num_images]
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images (N, 3, H, W) float32, channels last, and labels (N,), from step `start` of the epoch on.
+
+        They are this process's shard of each batch, which may be empty in evaluation.
+        """
+        raise NotImplementedError
+
+    def pixels(self, index: int) -> Tensor:
+        """An image of evaluation as the network sees it, (3, H, W) uint8 on the CPU. Raises InputError."""
+        raise NotImplementedError
+
+
+class SmallImageLoader(Loader):
+    """Batches from a uint8 tensor on the device, without worker processes.
+
+    Args:
+        source: the images.
+        batch_size: of all processes together.
+        normalisation: mean and std.
+        augment: None for evaluation (in order, as they are), or "crop" or "crop+flip": shuffled, with torchvision's
+            RandomCrop(size, padding=size // 8), the padding black before normalising, and RandomHorizontalFlip().
+        seed: of shuffling and augmentation.
+        device: where the images are kept.
+        world: the processes; whatever is random is drawn for the whole batch, and each takes its shard.
+    """
+
+    def __init__(
+        self,
+        source: SmallImages,
+        batch_size: int,
+        normalisation: Statistics,
+        *,
+        augment: str | None = None,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        world: World = ALONE,
+    ) -> None:
+        super().__init__(len(source), batch_size, seed, augment is not None, world)
+        self.classes, self.files, self.augment = source.classes, source.files, augment
+        self.size = tuple(source.images.shape[1:3])  # (H, W)
+        p = self.padding = self.size[0] // 8 if augment else 0
+        self.images = torch.nn.functional.pad(source.images, (0, 0, p, p, p, p)).to(device)  # (N, H + 2p, W + 2p, 3)
+        self.labels = source.labels.to(device)
+        self.normaliser = Normaliser(*normalisation, device)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self.images.device
+        order = self.order(epoch).to(device)
+        for step in range(start, len(self)):
+            first, count = step * self.batch_size, self.images_in(step + 1)
+            shard = self.world.shard(count)
+            indices = order[first : first + count][shard]
+            if self.augment:
+                random = torch.Generator(device).manual_seed(derive_seed(self.seed, "augment", epoch, step))
+                pixels = self.crop(indices, *(drawn[shard] for drawn in self.draw(count, random)))
+            else:
+                pixels = self.images[first : first + count][shard]
+            yield self.normaliser.rows(pixels), self.labels[indices]
+
+    def pixels(self, index: int) -> Tensor:
+        return self.images[index].permute(2, 0, 1).cpu()
+
+    def draw(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Random top and left edges of the crops in the padded images, and who is flipped: three (N,) tensors."""
+        device = self.images.device
+        top, left = torch.randint(2 * self.padding + 1, (2, count), generator=random, device=device)
+        flip = torch.rand(count, generator=random, device=device) < (0.5 if self.augment == "crop+flip" else 0)
+        return top, left, flip
+
+    def crop(self, indices: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """Gathers the crops of the images at `indices`, mirrored where `flip`: (N, H, W, 3) uint8."""
+        height, width = (torch.arange(side, device=self.images.device) for side in self.size)
+        rows = top[:, None] + height  # (N, H)
+        columns = left[:, None] + torch.where(flip[:, None], width.flip(0), width)  # (N, W)
+        full_height, full_width = self.images.shape[1:3]
+        rows = indices[:, None] * full_height + rows  # (N, H), of all images below each other
+        pixels = rows[:, :, None] * full_width + columns[:, None, :]  # (N, H, W)
+        # one index per pixel into a flat list of pixels: several times faster than indexing three dimensions
+        return self.images.flatten(0, 2).index_select(0, pixels.flatten()).view(*pixels.shape, 3)
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+class SeededImages(Dataset):
+    """Images under the keys (seed, index): the random transform is a function of the key, in whatever process.
+
+    Paths are one array: workers would copy every page of a list, one reference count after the other.
+    """
+
+    def __init__(self, samples: Sequence[tuple[str, int]], transform: Callable[[Image.Image], Tensor]) -> None:
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
+        self.labels, self.transform = np.array([label for _, label in samples]), transform
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InputError:
+        """The transformed image and its label; an error as a value, because workers mangle what they raise."""
+        seed, index = key
+        try:
+            image = read_image(os.fsdecode(self.paths[index]))
+        except InputError as error:
+            return error
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU, too
+            return self.transform(image), int(self.labels[index])
+
+
+class ShuffledKeys:
+    """A batch sampler for a DataLoader: lists of (seed, index) keys, this process's shard of each batch of a loader."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader, self.epoch, self.start = loader, 0, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        loader = self.loader
+        order = loader.order(self.epoch).tolist()
+        for first in range(self.start * loader.batch_size, len(order), loader.batch_size):
+            batch = order[first : first + loader.batch_size]
+            shard = batch[loader.world.shard(len(batch))]
+            yield [(derive_seed(loader.seed, "augment", self.epoch, index), index) for index in shard]
+
+
+def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
+    """Stacks images (N, 3, H, W) uint8 and labels (N,), or hands on the first error; N may be 0."""
+    if not items:
+        return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+    for item in items:
+        if isinstance(item, InputError):
+            return item
+    images, labels = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def default_workers() -> int:
+    """This process's share of the cores; torch's number of threads says nothing about them under torchrun."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // distributed.local_size())
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """Lets a worker live on when its whole process group or job is told to stop, for training to save its step."""
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class PhotoLoader(Loader):
+    """Batches of photographs in class folders, decoded by worker processes.
+
+    Args:
+        source: the images, as `open_split` opens them; None needs no transform, they are cropped here.
+        batch_size, seed, device, world: as for `SmallImageLoader`; `augment` tells training from evaluation.
+        size: height and width of the images, in pixels.
+        workers: number of processes; 0 decodes in this one.
+
+    Raises:
+        InputError: from `batches`, if a file cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        batch_size: int,
+        *,
+        augment: bool,
+        size: int = 224,
+        seed: int = 0,
+        workers: int = 4,
+        device: torch.device | str = "cpu",
+        world: World = ALONE,
+    ) -> None:
+        super().__init__(len(source.samples), batch_size, seed, augment, world)
+        self.classes, self.device, self.size = source.classes, torch.device(device), (size, size)
+        self.files = [path for path, _ in source.samples]
+        self.labels = torch.tensor([label for _, label in source.samples])
+        self.keys = ShuffledKeys(self)
+        options = {"persistent_workers": True, "prefetch_factor": 4} if workers else {}
+        self.loader = DataLoader(
+            SeededImages(source.samples, photo_transform(size, augment)),
+            batch_sampler=self.keys,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=leave_signals_to_the_trainer,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # else starting an epoch would draw from the generator of the gates' noise
+            **options,
+        )
+        self.normaliser = Normaliser(*IMAGENET_STATISTICS, device)
+
+    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        self.keys.epoch, self.keys.start = epoch, start
+        for batch in self.loader:
+            if isinstance(batch, InputError):
+                raise batch
+            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+            yield self.normaliser(images.to(torch.float32, memory_format=torch.channels_last)), labels
+
+    def pixels(self, index: int) -> Tensor:
+        item = self.loader.dataset[0, index]
+        if isinstance(item, InputError):
+            raise item
+        return item[0]
+
+
+# ---------------------------------------------------------------------------------------------- what a run uses
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which images a run uses: what its flags, and the checkpoint it goes on from, say of its data.
+
+    Attributes:
+        dataset: a key of DATASETS, or PHOTOGRAPHS.
+        data: the folder.
+        split: see `open_split`.
+        train_size, val_size, test_size: use so many training images; hold out so many of them; test on so many.
+        image_size: of photographs.
+        test: evaluate on the test images; else train, and validate on those held out, or on the test images.
+        needs_training: whether a test needs the training images, too.
+        classes, mean, std: recorded in a checkpoint.
+    """
+
+    dataset: str = PHOTOGRAPHS
+    data: str = ""
+    split: float | None = None
+    train_size: int | None = None
+    val_size: int = 0
+    test_size: int | None = None
+    image_size: int = 224
+    test: bool = False
+    needs_training: bool = False
+    classes: list[str] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How images are brought to the device: arguments of the loaders."""
+
+    batch_size: int
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    world: World = ALONE
+    workers: int = 0
+
+
+@dataclass
+class Loaders:
+    """The images of a run; `train` is None if nothing needs it."""
+
+    train: Loader | None
+    val: Loader
+    normalisation: Statistics
+
+
+def open_loaders(choice: Choice, batching: Batching) -> Loaders:
+    """The loaders of a training or a test. Raises InputError if the images do not fit, or cannot be had."""
+    if choice.dataset == PHOTOGRAPHS:
+        return photo_loaders(choice, batching)
+    return small_loaders(choice, batching)
+
+
+def small_loaders(choice: Choice, batching: Batching) -> Loaders:
+    """`open_loaders` for small images, normalised as the checkpoint's were."""
+    source, root = DATASETS[choice.dataset], Path(choice.data)
+    if choice.split and choice.dataset != "folder":
+        raise InputError(f"--split is for --dataset folder: {choice.dataset} has a test set of its own")
+    load = partial(source.load, root, split=choice.split) if choice.split else partial(source.load, root)
+    evaluated = load(train=False)
+    same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
+    normalisation = (choice.mean, choice.std) if choice.mean else None
+    training, train = not choice.test or choice.needs_training, None
+    if training or normalisation is None:
+        train = load(train=True)
+        same_classes(train.classes, evaluated.classes, "the test images")
+        if choice.val_size:
+            train, held_out = hold_out(train, choice.val_size)
+            evaluated = evaluated if choice.test else held_out
+        if choice.train_size:
+            train = train.subset(subset_indices(len(train), choice.train_size, "--train-size"))
+        normalisation = normalisation or pixel_statistics(source, train)
+    if choice.test_size:
+        evaluated = evaluated.subset(subset_indices(len(evaluated), choice.test_size, "--test-size"))
+    place = {"device": batching.device, "world": batching.world}
+    val = SmallImageLoader(evaluated, batching.batch_size, normalisation, **place)
+    if not training:
+        return Loaders(None, val, normalisation)
+    if not choice.val_size and not choice.test:
+        say("the validation set is the test set, as in the original: choose models honestly with --val-size")
+    how = {"augment": source.augment, "seed": batching.seed, **place}
+    return Loaders(SmallImageLoader(train, batching.batch_size, normalisation, **how), val, normalisation)
+
+
+def photo_loaders(choice: Choice, batching: Batching) -> Loaders:
+    """`open_loaders` for photographs."""
+    if not choice.data:
+        raise InputError("name the folder of the images, with train/ and val/ inside: train_img.py IMAGENET_FOLDER")
+    root, how = Path(choice.data), {"size": choice.image_size, **vars(batching)}
+    batch_size = how.pop("batch_size")
+    found = open_split(root, False, ("val",), choice.split)
+    if choice.test_size:
+        indices = subset_indices(len(found.samples), choice.test_size, "--test-size").tolist()
+        found.samples = [found.samples[index] for index in indices]
+    val = PhotoLoader(found, batch_size, augment=False, **how)
+    same_classes(choice.classes or val.classes, val.classes, str(root))
+    if choice.test and not choice.needs_training:
+        return Loaders(None, val, IMAGENET_STATISTICS)
+    train = PhotoLoader(open_split(root, True, ("val",), choice.split), batch_size, augment=True, **how)
+    same_classes(train.classes, val.classes, f"{root}/val")
+    return Loaders(train, val, IMAGENET_STATISTICS)

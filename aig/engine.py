@@ -1,0 +1,189 @@
+"""The training loop. `fit` is the loop, `Recipe` holds its settings, `State` (in `aig.state`) what a checkpoint stores.
+
+Source: Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, sec. 3 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from aig.console import progress_bar, say
+from aig.data import Loader
+from aig.distributed import World, average_batchnorm, wrap
+from aig.environment import derive_seed
+from aig.evaluation import evaluate
+from aig.losses import Objective
+from aig.reports import check_health, epoch_line, report, report_interval, warnings_of
+from aig.state import State
+from convnet_aig import GATE_LAYERS, AdaptiveResNet, draw_noise
+
+AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Now(NamedTuple):
+    """What a step uses: learning rate, temperature, and how far target rates have come (None: all the way)."""
+
+    lr: float
+    temperature: float
+    warm: float | None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        target_rates, lossfact, topk: see `Objective`.
+        lr, milestones, warmup: the learning rate rises linearly for `warmup` epochs; from each milestone on it is
+            divided by 10 once more.
+        lrfact, gate_layers: factor of the learning rate of these layers of the blocks.
+        momentum, weight_decay, fused: of SGD.
+        epochs, last: number of the schedule's last epoch, counted from 1, and of the last to run now.
+        seed: of the gates' noise.
+        target_warmup: epochs over which the target rates go linearly from 1 to t_l.
+        temperature: of the gates' Gumbel-softmax.
+        accumulate: parts in which a batch is computed, to save memory.
+        amp: what convolutions are computed in, a key of AMP; gates, losses and weights stay in float32.
+        compile: run full batches through torch.compile.
+        channels_last: memory format of the images.
+        sync_bn: BatchNorm over the images of all GPUs.
+        print_freq, log_interval: steps between reports, on plain output and on a terminal.
+    """
+
+    target_rates: Sequence[float]
+    lossfact: float
+    lr: float
+    milestones: Sequence[int]
+    epochs: int
+    last: int
+    seed: int
+    topk: Sequence[int] = (1,)
+    momentum: float = 0.9
+    weight_decay: float = 0
+    lrfact: float = 1
+    gate_layers: Sequence[str] = GATE_LAYERS
+    fused: bool | None = None
+    warmup: int = 0
+    target_warmup: int = 0
+    temperature: float = 1
+    accumulate: int = 1
+    amp: str = "off"
+    compile: bool = False
+    channels_last: bool = True
+    sync_bn: bool = False
+    print_freq: int = 25
+    log_interval: int = 20
+
+    def at(self, epoch: int, progress: float) -> Now:
+        """The values of a step at whose end the part `progress` of the epoch is done, in (0, 1]."""
+        done = epoch - 1 + progress
+        factor = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
+        factor *= min(1, done / self.warmup) if self.warmup else 1
+        warm = min(1, done / self.target_warmup) if self.target_warmup else None
+        return Now(self.lr * factor, self.temperature, warm)
+
+    def parts(self, count: int, world: World) -> int:
+        """In how many parts to compute a batch of `count`: BatchNorm needs two images of each part in every process."""
+        return min(self.accumulate, max(1, count // (2 * world.size)))
+
+
+def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, board: Any) -> None:
+    """Trains from `state` to the end of epoch `recipe.last`: a record and a checkpoint an epoch, the best model kept.
+
+    Args:
+        run: keeps files, see `aig.runs.Run`: add_record, save, save_if_due, records.
+        board: draws, see `aig.dashboard.Dashboard`: update.
+
+    Raises:
+        Interrupted: after a signal; the checkpoint then holds the very step.
+        TrainingError: if the training cannot go on.
+    """
+    model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
+    network, compiled = wrap(model, world, recipe.sync_bn, recipe.compile)
+    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, state.first_bad.device, world)
+    for epoch in range(state.epoch, recipe.last + 1):
+        network.train()
+        with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", len(train), "step", initial=state.step) as bar:
+            interval = report_interval(recipe.print_freq, recipe.log_interval, bar, world)
+            for step, (images, labels) in enumerate(train.batches(epoch, state.step), start=state.step + 1):
+                now, count = recipe.at(epoch, step / len(train)), train.images_in(step)
+                set_lr(optimizer, now.lr)
+                forward = compiled if count == train.batch_size else network
+                images = images.contiguous(memory_format=layout)
+                noise = step_noise(model, images, count, (recipe.seed, "noise", epoch, step), world)
+                optimizer.zero_grad(set_to_none=True)
+                for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
+                    with torch.autocast(x.device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
+                        logits, gates = forward(x, temperature=now.temperature, noise=g)
+                    loss, sums = objective(logits, y, gates, count, now.warm)
+                    scaler.scale(loss).backward()
+                    state.add(sums)
+                state.end_step(step, count)
+                scaler.step(optimizer)
+                scaler.update()
+                bar.update()
+                if step % interval == 0:
+                    report(bar, f"epoch {epoch}/{recipe.epochs} step {step}/{len(train)}", state.means())
+                run.save_if_due(state)
+        trained, opened = state.means(), state.sums["gates"] / state.seen  # the latter by block, (L,)
+        average_batchnorm(model, world)
+        seed = derive_seed(recipe.seed, "validation", epoch)
+        validated = evaluate(model, val, objective, seed, each_batch=partial(run.save_if_due, state))
+        check_health(model, validated["loss"], epoch)
+        lr, seconds = recipe.at(epoch, 1).lr, state.elapsed()
+        record = {"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated}
+        run.add_record(record)
+        is_best = state.end_epoch(validated["top1"])
+        run.save(state, is_best)
+        board.update(run.records)
+        say(epoch_line(record, recipe.epochs, recipe.last, model.gate_mode, is_best))
+        for warning in warnings_of(run.records, opened.tolist(), recipe.target_rates, model.gate_mode):
+            say(warning)
+
+
+def make_optimizer(model: AdaptiveResNet, recipe: Recipe) -> torch.optim.SGD:
+    """SGD with momentum, `gate_layers` at learning rate lr * lrfact."""
+    gates, others = [], []
+    for name, parameter in model.named_parameters():
+        (gates if set(name.split(".")) & set(recipe.gate_layers) else others).append(parameter)
+    groups = [{"params": others, "lr_factor": 1.0}, {"params": gates, "lr_factor": float(recipe.lrfact)}]
+    on_gpu = next(model.parameters()).is_cuda  # where the fp16 scaler would wait for an optimizer that is not fused
+    return torch.optim.SGD(
+        [group for group in groups if group["params"]],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=on_gpu if recipe.fused is None else recipe.fused,
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+
+
+def step_noise(model: AdaptiveResNet, images: Tensor, count: int, key: tuple, world: World) -> Tensor:
+    """The gates' noise for this process's images of a batch of `count`, (gates, n, 2), a function of the key.
+
+    It is drawn for the images of all processes, so that it does not depend on their number.
+    """
+    torch.manual_seed(derive_seed(*key))
+    return draw_noise(model.num_gates, count, images)[:, world.shard(count)]
+
+
+def split(network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, parts: int) -> Iterator[list[Tensor]]:
+    """The parts in which a batch is computed to save memory; processes exchange gradients after the last one only."""
+    distributed = isinstance(network, DistributedDataParallel)
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), noise.tensor_split(parts, 1), strict=True)
+    for number, piece in enumerate(pieces, start=1):
+        with network.no_sync() if distributed and number < parts else nullcontext():
+            yield list(piece)

@@ -1,0 +1,126 @@
+"""What a training says of itself: its lines, and its warnings when something is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from aig.console import TrainingError, say
+from aig.distributed import World
+from convnet_aig import RUNS_EVERYTHING
+
+# A gate has collapsed if its rate is within STUCK of 0 or 1 and more than OFF_TARGET from its target
+STUCK, OFF_TARGET = 0.001, 0.1
+EXPLODED = 10  # times the cross entropy of guessing
+
+
+def brief(record: dict[str, Any]) -> str:
+    """Loss, accuracies and execution rate of a record in one short line."""
+    accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in record.items() if name.startswith("top"))
+    return f"loss {record['loss']:.4f}  {accuracies}  execution rate {record['execution_rate']:.3f}"
+
+
+def report_interval(print_freq: int, log_interval: int, bar: Any, world: World) -> int:
+    """Steps between reports, the same in every process: only the main one knows whether it has a terminal."""
+    interval = print_freq if bar.disable else log_interval
+    return world.all_max(interval if world.is_main else 0)[0]
+
+
+def report(bar: Any, where: str, means: dict[str, float]) -> None:
+    """Shows the means of the epoch so far, on the bar or as a line."""
+    if bar.disable:
+        say(f"{where}  {brief(means)}")
+    else:
+        bar.set_postfix_str(brief(means))
+
+
+def epoch_line(record: dict[str, Any], epochs: int, last: int, mode: str, is_best: bool) -> str:
+    """An epoch in one line. Training samples its gates; validation decides in gate mode `mode`."""
+    epoch, seconds = record["epoch"], record["seconds"]
+    return (
+        f"epoch {epoch}/{epochs}  lr {record['lr']:g}  train (sample): {brief(record['train'])}  "
+        f"val ({mode}): {brief(record['val'])}{'  (best)' if is_best else ''}  "
+        f"{seconds:.0f} s, {seconds * (last - epoch) / 60:.0f} min left"
+    )
+
+
+def check_health(model: nn.Module, loss: float, epoch: int) -> None:
+    """Raises TrainingError if the validation loss or a parameter or buffer is not finite. Reads from the device."""
+    finite = torch.stack([value.isfinite().all() for value in model.state_dict().values()]).all()
+    if not (math.isfinite(loss) and finite):
+        raise TrainingError(f"the network is not finite after epoch {epoch}: try a smaller --lr")
+
+
+def warnings_of(
+    records: Sequence[dict[str, Any]], opened: Sequence[float], target_rates: Sequence[float], mode: str
+) -> Iterator[str]:
+    """What to say after the newest of the epochs recorded.
+
+    Args:
+        records: of the epochs so far; none in processes that keep none.
+        opened: how often the gate of each block was open in training.
+        mode: the gate mode of validation.
+    """
+    yield from filter(None, [collapsed(opened, target_rates)])
+    if not records:
+        return
+    validated = [record["val"] for record in records]
+    yield from filter(None, [exploded(validated), all_open(validated, target_rates, mode)])
+
+
+def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
+    """A warning if gates hardly ever decided otherwise in an epoch, though their targets lie elsewhere.
+
+    Args:
+        rates, target_rates: of each of the L blocks.
+    """
+    stuck = [
+        f"{block} ({'open' if rate > 0.5 else 'closed'}, target {target:g})"
+        for block, (rate, target) in enumerate(zip(rates, target_rates, strict=True), start=1)
+        if min(rate, 1 - rate) < STUCK and abs(rate - target) > OFF_TARGET
+    ]
+    if not stuck:
+        return None
+    named = ", ".join(stuck[:5]) + ", ..." * (len(stuck) > 5)
+    return (
+        f"warning: {len(stuck)} of {len(rates)} gates did the same for nearly every image, those of blocks {named}; "
+        "should it stay so, try a larger --lossfact or a smaller --lr"
+    )
+
+
+def exploded(validated: Sequence[dict[str, Any]]) -> str | None:
+    """A warning if the validation loss is far above chance, or grows while the accuracy is that of chance."""
+    now, classes = validated[-1], len(validated[-1]["classes"])
+    chance = math.log(max(2, classes))  # the cross entropy of guessing
+    if now["loss_classify"] > EXPLODED * chance:
+        return (
+            f"warning: the validation loss, {now['loss_classify']:.4g}, is more than {EXPLODED} times that of guessing "
+            f"({chance:.2f}): the training diverges; try a smaller --lr"
+        )
+    if len(validated) < 2 or classes < 2:
+        return None
+    before = validated[-2]["loss_classify"]
+    grows = before is not None and now["loss_classify"] > max(before, chance)
+    if grows and now["top1"] <= 100 / classes:
+        return (
+            f"warning: the accuracy, {now['top1']:.2f} %, is that of guessing, and the validation loss grows: "
+            "try a smaller --lr"
+        )
+    return None
+
+
+def all_open(validated: Sequence[dict[str, Any]], target_rates: Sequence[float], mode: str) -> str | None:
+    """A hint, given once, if every gate is open for all validation images."""
+    gated = any(rate < 1 for rate in target_rates)
+    if mode in RUNS_EVERYTHING or not gated or any(min(each["gates"]) < 1 for each in validated[-1:]):
+        return None
+    if any(min(each["gates"]) == 1 for each in validated[:-1]):
+        return None
+    return (
+        f"hint: in gate mode {mode} every gate is open for all validation images, so nothing is skipped yet; early "
+        "in a training that is usual, as P(open) starts at 0.87; later try a higher --threshold or a larger --lossfact"
+    )

@@ -1,0 +1,410 @@
+"""A run folder: its files, its lock, its records and its log.
+
+    runs/NAME/checkpoint.pth.tar      after every epoch, and where a signal stopped the run
+    runs/NAME/model_best.pth.tar      the same, of the epoch with the best top-1
+    runs/NAME/args.json               every flag, versions, hardware, the commands
+    runs/NAME/metrics.jsonl           one record an epoch
+    runs/NAME/gates_by_class.npy      above 100 classes: the newest classes x blocks matrix
+    runs/NAME/test.json               what `--test` measured
+    runs/NAME/log.txt                 what was printed, with times, and at the end why the run ended
+
+Every file is replaced only by a whole one that is on the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+import numpy as np
+import torch
+
+from aig.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from aig.console import InputError, Interrupted, Signals, TrainingError, command, history, log
+from aig.distributed import ALONE, World
+from aig.environment import without_empty_folders
+
+ARGS, METRICS, TEST, MATRIX, LOG = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy", "log.txt"
+RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # each of them makes a folder one that holds a run
+LOCK = ".lock"
+PATIENCE = 10  # seconds to wait for a run folder; the image workers of a killed process keep it for 5
+MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that replaces `path` only once it is whole and on the disk.
+
+    Raises:
+        TrainingError: if it cannot be written, for lack of space for instance; `path` is then what it was.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with temporary.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise TrainingError(f"cannot write {path} ({error.strerror}); what was there before is intact") from error
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that does not do it
+            raise TrainingError(f"cannot be sure that {path} is on the disk ({error.strerror})") from error
+
+
+def nan_to_none(value: Any) -> Any:
+    """The value with every non-finite float as None, which strict JSON can hold."""
+    if isinstance(value, dict):
+        return {key: nan_to_none(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [nan_to_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the value atomically as indented strict JSON."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(nan_to_none(value), indent=1, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
+    try:
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError):
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: move it away")
+    return value
+
+
+def read_records(folder: Path) -> list[dict]:
+    """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out.
+
+    Raises:
+        InputError: if another line is damaged.
+    """
+    path, records = folder / METRICS, []
+    try:
+        lines = path.read_text().splitlines() if path.exists() else []
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): move it away") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):
+                break
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+            raise InputError(f"{path}, line {number}, is damaged: repair it or move the file away")
+        records.append(record)
+    return records
+
+
+def write_records(folder: Path, records: list[dict]) -> None:
+    """Replaces the metrics file by these records, one strict-JSON object a line."""
+    with atomic_write(folder / METRICS) as file:
+        for record in records:
+            file.write(json.dumps(nan_to_none(record), allow_nan=False).encode() + b"\n")
+
+
+def keep_matrix(validated: dict[str, Any], folder: Path) -> None:
+    """Rounds the classes x blocks matrix of a record; above MATRIX_CLASSES it goes to a file of its own."""
+    matrix = np.round(validated.pop("gates_by_class"), 4)  # (K, L)
+    if len(matrix) > MATRIX_CLASSES:
+        with atomic_write(folder / MATRIX) as file:
+            np.save(file, matrix)
+    else:
+        validated["gates_by_class"] = matrix.tolist()
+
+
+def save_checkpoint(state: dict, folder: Path) -> None:
+    """Writes checkpoint.pth.tar and, if state["is_best"], the same as model_best.pth.tar, each atomically."""
+    buffer = io.BytesIO()  # torch.save into a file would report a full disk in its own words
+    torch.save(state, buffer)
+    for name in (CHECKPOINT, BEST) if state["is_best"] else (CHECKPOINT,):
+        with atomic_write(folder / name) as file:
+            file.write(buffer.getbuffer())
+
+
+def mend_best(folder: Path) -> None:
+    """Writes model_best.pth.tar, which a crash kept `save_checkpoint` from writing after its checkpoint.
+
+    Call it if the checkpoint says that it is the best so far, with the folder locked.
+    """
+    best, checkpoint = folder / BEST, (folder / CHECKPOINT).read_bytes()
+    if not best.exists() or best.read_bytes() != checkpoint:
+        with atomic_write(best) as file:
+            file.write(checkpoint)
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+def check_vacant(folder: Path, overwrite: bool) -> None:
+    """Raises InputError if `folder` already holds files of a run, unless it may be overwritten."""
+    try:
+        taken = any((folder / name).exists() for name in RUN_FILES)
+    except OSError as error:
+        raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
+    if taken and not overwrite:
+        go_on = f", go on with --resume {folder / CHECKPOINT}" if (folder / CHECKPOINT).exists() else ""
+        how = f"choose another --expname{go_on}, or replace it with --overwrite"
+        raise InputError(f"{folder} already holds a run: {how}")
+
+
+def make_folder(folder: Path, what: str = "the run folder") -> None:
+    """Makes the folder if it is missing. Raises InputError if that, or writing into it, is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make {what} {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"cannot write into {what} {folder}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run folder; the lock ends with the process, however that ends.
+
+    Raises:
+        InputError: if another process keeps it locked.
+    """
+    path = folder / LOCK
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=PATIENCE)
+    except filelock.Timeout:
+        raise InputError(f"another process is training in {folder}: wait for it, or stop it") from None
+    except OSError as error:
+        raise InputError(f"cannot lock the run folder with {path}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: whoever waits for it notices, and makes a new one
+        lock.release()
+
+
+# ---------------------------------------------------------------------------------------------- a run
+
+
+@dataclass
+class Run:
+    """A training in its folder; made by `start_run`. Only the main process writes.
+
+    Attributes:
+        folder: where its files are.
+        args: what checkpoints record: all flags, and what was derived from the data.
+        environment: versions and hardware, for args.json.
+        resumed: the checkpoint file it continues, if any.
+        checkpoint: what that held.
+        first: the first epoch to run.
+        records: of the epochs done.
+        overwrite: replace what is in the folder.
+        save_every: seconds between checkpoints within an epoch.
+        world: the processes of this run.
+    """
+
+    folder: Path
+    args: dict[str, Any]
+    environment: dict[str, Any] = field(default_factory=dict)
+    resumed: Path | None = None
+    checkpoint: dict = field(default_factory=dict)
+    first: int = 1
+    records: list[dict] = field(default_factory=list)
+    overwrite: bool = False
+    save_every: float = math.inf
+    world: World = ALONE
+
+    def __post_init__(self) -> None:
+        self.signals = Signals()
+        self.begun = self.resumed is not None  # whether the files in the folder are this run's
+        self.has_written = False
+        self.saved = time.monotonic()
+        self.commands = [*earlier_commands(self.folder), command()] if self.resumed else [command()]
+
+    def begin(self) -> None:
+        """Before the first file of this process: makes way for a new run, and writes args.json."""
+        if self.has_written:
+            return
+        self.has_written = True
+        if not self.begun:
+            self.begun = True
+            for name in RUN_FILES:
+                (self.folder / name).unlink(missing_ok=True)
+            if not history.target:  # the log there is that of the run that is replaced
+                (self.folder / LOG).unlink(missing_ok=True)
+                write_log(self.folder)
+        write_json(self.folder / ARGS, {**self.args, "commands": self.commands, **self.environment})
+
+    def save(self, state: Any, is_best: bool = False) -> None:
+        """Writes what `state.checkpoint()` returns. Every process must call it."""
+        checkpoint = {**state.checkpoint(), "is_best": is_best, "args": self.args}
+        if self.world.is_main:
+            self.begin()
+            save_checkpoint(checkpoint, self.folder)
+        self.saved = time.monotonic()
+
+    def save_if_due(self, state: Any) -> None:
+        """Saves after a signal, and every `save_every` seconds. Every process must call it.
+
+        Raises:
+            Interrupted: after a signal that any process has received; the state is saved.
+        """
+        number, due = self.world.all_max(self.signals.received, time.monotonic() - self.saved > self.save_every)
+        if number or due:
+            state.check_finite()
+            self.save(state)
+        if number:
+            where = f"epoch {state.epoch}, {state.step} of {state.steps} steps"
+            raise Interrupted(number, f"stopped in {where}; continue with --resume {self.folder / CHECKPOINT}")
+
+    def add_record(self, record: dict[str, Any]) -> None:
+        """Appends the record of an epoch to metrics.jsonl."""
+        if self.world.is_main:
+            self.begin()
+            keep_matrix(record["val"], self.folder)
+            self.records.append(record)
+            write_records(self.folder, self.records)
+
+    def last_checkpoint(self) -> str:
+        """Where the last good checkpoint is, and what it holds."""
+        path = self.folder / CHECKPOINT
+        if not self.begun or not path.exists():
+            return "nothing was saved yet" if not self.begun else f"{path} is gone"
+        try:
+            state = load_checkpoint(path)
+        except InputError as error:
+            return f"its checkpoint cannot be read ({error})"
+        where = f"epoch {state['epoch']}, step {state['step']}" if state.get("step") else f"epoch {state['epoch'] - 1}"
+        return f"the last good checkpoint, after {where}, is {path}"
+
+    def tidy(self) -> None:
+        """Brings the files in line with the checkpoint, after a crash.
+
+        Raises:
+            InputError: if another process has trained in the folder since this one looked.
+        """
+        for name in RUN_FILES:
+            for path in self.folder.glob(f".{name}.*.tmp"):  # what a write that was cut off has left
+                path.unlink(missing_ok=True)
+        if self.resumed is None:
+            check_vacant(self.folder, self.overwrite)
+            return
+        now = load_checkpoint(self.resumed)
+        if any(now.get(key) != self.checkpoint.get(key) for key in ("epoch", "seen")):
+            raise InputError(f"another process has just gone on from {self.resumed}: start again")
+        if self.resumed.name == CHECKPOINT:
+            if now.get("is_best"):
+                mend_best(self.folder)
+            if self.first == now["epoch"]:  # else the records of later epochs stay until there are others
+                write_records(self.folder, self.records)
+
+
+@contextmanager
+def start_run(run: Run) -> Iterator[Run]:
+    """Makes and locks the run folder, and logs what is said and why the run ends.
+
+    Raises:
+        InputError: if the folder cannot be written, or another process trains there.
+        TrainingError: that of the block, with the last good checkpoint named.
+    """
+    with run.signals:
+        if not run.world.is_main:
+            yield run
+            return
+        with without_empty_folders(run.folder):
+            make_folder(run.folder)
+            with locked(run.folder):
+                run.tidy()
+                with logged(run):
+                    try:
+                        yield run
+                    except TrainingError as error:
+                        raise TrainingError(f"{error}; {run.last_checkpoint()}") from error
+
+
+@contextmanager
+def logged(run: Run) -> Iterator[None]:
+    """Appends what is said to log.txt, and why the block ends.
+
+    A run that overwrites another logs nothing to the folder until it writes its first file. A new run that ends with
+    an InputError before its first file leaves no log either: bad input changes nothing.
+    """
+    replaces = run.overwrite and not run.begun and any((run.folder / name).exists() for name in RUN_FILES)
+    is_new = not (run.folder / LOG).exists()
+    log.info(f"command: {run.commands[-1]}")
+    if not replaces:
+        write_log(run.folder)
+    reason: BaseException | str = "done"
+    try:
+        yield
+    except BaseException as error:
+        reason = error
+        raise
+    finally:
+        named = isinstance(reason, (str, InputError, TrainingError, Interrupted))
+        log.info(f"ended: {reason if named else repr(reason)}")
+        if history.target:
+            history.target.close()
+        history.setTarget(None)
+        history.capacity = math.inf
+        history.buffer.clear()
+        if isinstance(reason, InputError) and is_new and not run.begun:
+            (run.folder / LOG).unlink(missing_ok=True)
+
+
+class LogFile(logging.FileHandler):
+    """log.txt, without a word where it cannot be written: the next checkpoint reports a full disk."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # which opens it
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+    def close(self) -> None:
+        with suppress(OSError):  # which writes what a full disk did not take
+            super().close()
+
+
+def write_log(folder: Path) -> None:
+    """Sends what has been said to the log file of a folder, and from now on every line at once."""
+    target = LogFile(folder / LOG, encoding="utf-8", delay=True)
+    target.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    history.setTarget(target)
+    history.capacity = 1
+    history.flush()
+
+
+def earlier_commands(folder: Path) -> list[str]:
+    """The commands that args.json records. Raises InputError if it is damaged."""
+    commands = read_json(folder / ARGS).get("commands", [])
+    if not isinstance(commands, list):
+        raise InputError(f"{folder / ARGS} is damaged: move it away")
+    return commands
