@@ -1,15 +1,18 @@
 """What several test files use."""
 
-import sys
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from aig import console
 
-import cli
+# One thread here and in the processes that tests start: results repeat, and small nets are faster so
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -18,7 +21,7 @@ def run(capsys):
 
     def call(main, *argv):
         with pytest.raises(SystemExit) as end:
-            cli.main(lambda: main([str(value) for value in argv]), "script")
+            console.run_command(lambda: main([str(value) for value in argv]), "script")
         out, err = capsys.readouterr()
         return end.value.code, out, err
 

@@ -9,9 +9,11 @@ import sys
 import threading
 import time
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("visdom", reason="visdom is not installed")
 pytestmark = [
@@ -19,15 +21,15 @@ pytestmark = [
     for kind in ("DeprecationWarning", "SyntaxWarning", "ResourceWarning")
 ]
 
-import dashboard  # noqa: E402
 import train  # noqa: E402
-import utils  # noqa: E402
+from aig import dashboard, runs  # noqa: E402
 
 RUN = {"block_rates": [1.0, 0.7, 0.5], "stages": [2, 1], "epochs": 5, "commands": ["train.py --visdom"]}
 WINDOWS = {
     "learning_rate", "loss", "top1", "execution_rate", "gates", "classes", "activations", "modules",
     "executed_blocks", "summary",
 }  # fmt: skip
+ROOT = Path(__file__).parent.parent
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--device", "cpu", "--visdom"]
 
 
@@ -39,8 +41,8 @@ def record(epoch, loss=1.0):
     return {"epoch": epoch, "lr": 0.1, "seconds": 1.0, "train": part, "val": {**part, **gates}}
 
 
-def panes(records, run=RUN, matrix=None):
-    return dashboard.panes("a run", records, run, matrix)
+def windows(records, run=RUN, matrix=None):
+    return dashboard.windows("a run", records, run, matrix)
 
 
 def free_port():
@@ -98,53 +100,88 @@ def server(tmp_path):
     server.kill()
 
 
-def traces(content):
-    return {trace.get("name"): trace["y"] for trace in content["data"]}
+def curves(window):
+    """The y of each trace, by its name."""
+    return {trace["name"]: trace["y"] for trace in window["data"]}
 
 
 # ------------------------------------------------------------------------------------------ what is shown
 
 
 def test_every_window_holds_the_complete_curves_of_the_records():
-    shown = panes([record(1), record(2), record(3)])
+    shown = windows([record(1), record(2), record(3)])
     assert set(shown) == WINDOWS
-    assert {name: trace.y for name, trace in shown["top1"].traces.items()} == {
-        "validation": [51.0, 52.0, 53.0],
-        "training": [51.0, 52.0, 53.0],
-    }
-    assert shown["execution_rate"].traces["target"].y == [pytest.approx(2.2 / 3)] * 3
-    gates = {name: trace.y for name, trace in shown["gates"].traces.items()}  # block 1 always runs
-    targets = {"target 0.5": [0.5] * 3, "target 0.7": [0.7] * 3}
-    assert gates == {"block 2 (stage 1)": [0.4] * 3, "block 3 (stage 2)": [0.6] * 3, **targets}
-    assert shown["gates"].traces["block 2 (stage 1)"].colour != shown["gates"].traces["block 3 (stage 2)"].colour
-    assert {name: trace.y for name, trace in shown["classes"].traces.items()} == {"bee": [0.8] * 3, "ant": [0.5] * 3}
-    assert len(shown["loss"].traces) == 6
-    assert shown["activations"].values.tolist() == [[1.0, 0.2, 0.4], [1.0, 0.6, 0.8]]
-    assert shown["modules"].traces["std / mean over the classes"].y == pytest.approx([0, 0.5, 1 / 3])
-    assert shown["executed_blocks"].heights == [0, 3, 4, 3]
-    assert shown["summary"].items["best top-1"].startswith("53.00 % (validation, epoch 3)")
-    assert "3 of 5" in shown["summary"].items["epoch"]
-    assert shown["summary"].items["command"] == "train.py --visdom"
+    assert curves(shown["learning_rate"]) == {"learning rate": [0.1] * 3}
+    assert curves(shown["top1"]) == {"validation": [51.0, 52.0, 53.0], "training": [51.0, 52.0, 53.0]}
+    assert all(trace["x"] == [1, 2, 3] for trace in shown["top1"]["data"])
+    assert curves(shown["execution_rate"])["target"] == [pytest.approx(2.2 / 3)] * 3
+    gates = {"block 2 (stage 1)": [0.4] * 3, "block 3 (stage 2)": [0.6] * 3}  # block 1 always runs
+    assert curves(shown["gates"]) == {**gates, "target 0.5": [0.5] * 3, "target 0.7": [0.7] * 3}
+    assert len({trace["line"]["color"] for trace in shown["gates"]["data"]}) == 3  # one a stage, and black
+    assert curves(shown["classes"]) == {"bee": [0.8] * 3, "ant": [0.5] * 3}
+    activations = shown["activations"]["data"][0]
+    assert activations["z"] == [[1.0, 0.2, 0.4], [1.0, 0.6, 0.8]]
+    assert (activations["x"], activations["y"]) == ([1, 2, 3], ["ant", "bee"])
+    assert [line["x0"] for line in shown["activations"]["layout"]["shapes"]] == [2.5]  # between the stages
+    assert curves(shown["modules"])["std / mean over the classes"] == pytest.approx([0, 0.5, 1 / 3])
+    assert shown["executed_blocks"]["data"][0]["y"] == [0, 3, 4, 3]
+    text = shown["summary"]["data"][0]["content"]
+    for words in ("53.00 % (validation, epoch 3)", "3 of 5", "train.py --visdom"):
+        assert words in text
+
+
+def test_windows_are_json_and_do_not_change_what_they_are_made_from():
+    records = [record(1), record(2)]
+    before = json.dumps(records)
+    shown = windows(records)
+    assert json.dumps(records) == before
+    assert json.loads(json.dumps(shown)) == shown
+
+
+def test_whatever_terms_the_loss_has_are_shown_by_name():
+    two = {f"{part} {name}" for part in ("validation", "training") for name in ("total", "classify", "target")}
+    assert set(curves(windows([record(1)])["loss"])) == two
+    third = [record(1), record(2)]  # a term that a resumed run adds, or that only training has
+    third[1]["train"]["loss_distill"] = 0.25
+    found = curves(windows(third)["loss"])
+    assert set(found) == two | {"training distill"}
+    assert np.isnan(found["training distill"][0])
+    assert found["training distill"][1] == 0.25
+    for one in third:
+        one["val"]["loss_distill"] = 0.5
+    assert curves(windows(third)["loss"])["validation distill"] == [0.5, 0.5]
+
+
+def test_whatever_accuracies_the_records_have_are_shown():
+    more = record(1)
+    for part in (more["train"], more["val"]):
+        part |= {"top3": 60.0, "top5": 70.0}
+    shown = windows([more])
+    assert set(shown) == WINDOWS | {"top3", "top5"}
+    assert curves(shown["top5"]) == {"validation": [70.0], "training": [70.0]}
+    assert shown["top3"]["layout"]["title"]["text"] == "Top-3 accuracy"
 
 
 def test_of_many_classes_the_most_and_the_least_demanding_are_shown():
     wide = record(1)
     wide["val"]["classes"] = {f"c{k}": k / 100 for k in range(99)} | {"none": None}
     del wide["val"]["gates_by_class"]
-    shown = panes([wide])
-    assert list(shown["classes"].traces) == [f"c{k}" for k in (*range(98, 88, -1), *range(8, -1, -1))] + ["none"]
+    shown = windows([wide])
+    assert list(curves(shown["classes"])) == [f"c{k}" for k in (*range(98, 88, -1), *range(8, -1, -1))] + ["none"]
+    looks = {(trace["line"]["color"], trace["line"]["dash"]) for trace in shown["classes"]["data"]}
+    assert len(looks) == len(shown["classes"]["data"])
     assert "activations" not in shown
-    assert "activations" in panes([wide], matrix=np.zeros((100, 3)))
+    assert "activations" in windows([wide], matrix=np.zeros((100, 3)))
 
 
 def test_a_run_of_an_older_version_is_shown_too():
-    assert set(panes([record(1)], run={})) == WINDOWS
+    assert set(windows([record(1)], run={})) == WINDOWS
 
 
 def test_a_run_without_gates_and_a_run_of_nothing_finite(server):
     board = dashboard.Dashboard(server.home / "plain", port=server.port)
-    utils.make_folder(board.folder)
-    utils.write_json(board.folder / utils.ARGS, {**RUN, "block_rates": [1.0, 1.0, 1.0]})
+    runs.make_folder(board.folder)
+    runs.write_json(board.folder / runs.ARGS, {**RUN, "block_rates": [1.0, 1.0, 1.0]})
     board.draw([record(1)])
     assert set(server.windows("plain")) == WINDOWS - {"gates"}
     nothing = record(1)
@@ -155,12 +192,6 @@ def test_a_run_without_gates_and_a_run_of_nothing_finite(server):
     assert "not finite" in server.windows("plain")["summary"]
 
 
-def test_rows_of_a_heat_map_keep_their_names_apart():
-    names = dashboard.unique(["a", "a ", "a", "b"])
-    assert len(set(names)) == 4
-    assert [name.strip() for name in names] == ["a", "a", "a", "b"]
-
-
 def test_values_that_are_not_finite_leave_a_gap(server):
     broken = [record(1, loss=math.inf), record(2, loss=None), record(3, loss=math.nan), record(4)]
     broken[1]["val"]["gates_by_class"][0] = [None] * 3  # a class without images
@@ -169,9 +200,9 @@ def test_values_that_are_not_finite_leave_a_gap(server):
         folder = server.home / "broken"
         board = dashboard.Dashboard(folder, port=server.port)
         board.draw(broken[:number])
-        windows = server.windows("broken")
-        assert set(windows) == WINDOWS
-        losses = traces(windows["loss"])["validation total"]
+        shown = server.windows("broken")
+        assert set(shown) == WINDOWS
+        losses = curves(shown["loss"])["validation total"]
         assert [value is None or math.isnan(value) for value in losses] == [True, True, True, False][:number]
 
 
@@ -179,22 +210,46 @@ def test_values_that_are_not_finite_leave_a_gap(server):
 
 
 def assert_windows_are_the_records(server, env, folder):
-    records = utils.read_records(folder)
-    windows = server.windows(env)
-    assert set(windows) == WINDOWS
-    run = json.loads((folder / "args.json").read_text())
-    for name, pane in dashboard.panes(folder.name, records, run, None).items():
-        if isinstance(pane, dashboard.Lines):
-            expected = {key: list(trace.y) for key, trace in pane.traces.items()}
-            found = traces(windows[name])
-            assert found.keys() == expected.keys()
-            for key, values in expected.items():
-                assert found[key] == pytest.approx(values, rel=1e-5)
-            assert windows[name]["data"][0]["x"] == list(pane.x)
-    matrix = records[-1]["val"]["gates_by_class"]
-    assert np.allclose(windows["activations"]["data"][0]["z"], matrix, atol=1e-6)
-    assert windows["executed_blocks"]["data"][0]["y"] == records[-1]["val"]["executed_blocks"]
-    assert f"{len(records)} of" in windows["summary"]
+    records = runs.read_records(folder)
+    found, expected = server.windows(env), dashboard.windows_in(folder, records)
+    assert set(found) == set(expected) == WINDOWS
+    for name, window in expected.items():
+        if name == "summary":
+            assert found[name] == window["data"][0]["content"]
+        else:
+            assert found[name] == runs.nan_to_none(window)
+    assert curves(found["loss"])["training total"] == [record["train"]["loss"] for record in records]
+    assert found["activations"]["data"][0]["z"] == records[-1]["val"]["gates_by_class"]
+    assert found["executed_blocks"]["data"][0]["y"] == records[-1]["val"]["executed_blocks"]
+    assert f"{len(records)} of" in found["summary"]
+
+
+def write_run(folder, count=3):
+    """A run folder with records made by hand."""
+    folder.mkdir()
+    runs.write_records(folder, [record(epoch) for epoch in range(1, count + 1)])
+    runs.write_json(folder / runs.ARGS, RUN)
+    return folder
+
+
+def test_the_server_holds_exactly_the_windows(server, tmp_path):
+    folder = write_run(tmp_path / "by hand")
+    dashboard.Dashboard(folder, port=server.port).update(runs.read_records(folder))
+    assert_windows_are_the_records(server, "by hand", folder)
+
+
+def test_windows_have_their_sizes_and_titles_on_the_page(server, tmp_path):
+    import visdom
+
+    folder = write_run(tmp_path / "sized")
+    dashboard.Dashboard(folder, port=server.port).draw(runs.read_records(folder))
+    client = visdom.Visdom(port=server.port, env="sized", raise_exceptions=True, use_incoming_socket=False)
+    held = {name: json.loads(client.get_window_data(name)) for name in WINDOWS}
+    shown = dashboard.windows_in(folder, runs.read_records(folder))
+    for name, window in shown.items():
+        assert (held[name]["width"], held[name]["height"]) == dashboard.size(window)
+        assert held[name]["title"] == window["layout"]["title"]["text"]
+        assert held[name]["type"] == ("text" if name == "summary" else "plot")
 
 
 def test_a_training_shows_its_records_and_a_resumed_one_continues_the_curves(run, server, tmp_path):
@@ -204,7 +259,7 @@ def test_a_training_shows_its_records_and_a_resumed_one_continues_the_curves(run
     assert_windows_are_the_records(server, "watched", folder)
     resume = ["--resume", folder / "checkpoint.pth.tar", "--visdom", "--device", "cpu", *server.flags]
     assert run(train.main, *resume)[::2] == (0, "")
-    assert [record["epoch"] for record in utils.read_records(folder)] == [1, 2, 3]
+    assert [record["epoch"] for record in runs.read_records(folder)] == [1, 2, 3]
     assert_windows_are_the_records(server, "watched", folder)
 
 
@@ -251,22 +306,56 @@ def test_a_server_with_a_login(tmp_path, monkeypatch, capsys):
         server.kill()
 
 
-def test_a_finished_run_is_replayed_and_drawn(run, server, tmp_path, contents):
-    command = [*TINY[:-1], "--save", tmp_path, "--expname", "quiet", "--epochs", 2]
-    assert run(train.main, *command)[0] == 0
-    folder = tmp_path / "quiet"
+def test_a_finished_run_is_replayed(run, server, tmp_path, contents):
+    folder = write_run(tmp_path / "quiet", 2)
     before = contents(folder)
     status, out, err = run(dashboard.main, folder, *server.flags)
     assert (status, err, "2 epochs drawn" in out) == (0, "", True)
     assert_windows_are_the_records(server, "quiet", folder)
-    images = tmp_path / "images"
-    assert run(dashboard.main, folder, "--png", images)[::2] == (0, "")
-    assert {path.name for path in images.iterdir()} == {f"{name}.png" for name in WINDOWS}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in images.iterdir())
     assert contents(folder) == before
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_drawn_as_an_image_for_each_window_and_a_sheet(run, tmp_path, contents):
+    folder, images = write_run(tmp_path / "quiet", 2), tmp_path / "images"
+    before = contents(folder)
+    assert run(dashboard.main, folder, "--png", images)[::2] == (0, "")
+    assert {path.stem for path in images.iterdir()} == WINDOWS | {"dashboard"}
+    for path in images.iterdir():
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 2, path
+    assert contents(folder) == before
+
+
+def test_the_sheet_holds_every_window_in_its_place():
+    shown = windows([record(1), record(2)])
+    sheet = dashboard.figure(shown.values())
+    titles = [place.axes[0].get_title() for place in sheet.subfigs]
+    assert titles == [window["layout"]["title"]["text"] for window in shown.values()]
+    sheet.canvas.draw()
+    boxes = [place.bbox for place in sheet.subfigs]
+    for index, box in enumerate(boxes):
+        for other in boxes[:index]:
+            width = min(box.x1, other.x1) - max(box.x0, other.x0)
+            height = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert min(width, height) < 1, "two windows overlap by a pixel or more"
+
+
+def test_an_image_shows_the_curves_of_its_window_under_awkward_names_too():
+    odd = record(1)
+    odd["val"]["classes"] = {"_ant": 0.5, "$bee": 0.8}
+    window = windows([odd, odd])["classes"]
+    axes = dashboard.figure([window]).subfigs[0].axes[0]
+    assert {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()} == curves(window)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["$bee", "_ant"]
+
+
+def test_what_cannot_be_shown_is_one_line_of_error(run, tmp_path):
+    folder, images = write_run(tmp_path / "quiet"), tmp_path / "images"
     damaged = tmp_path / "damaged"
     damaged.mkdir()
-    utils.write_records(damaged, [{"epoch": 1}])
+    runs.write_records(damaged, [{"epoch": 1}])
     for wrong, message in (
         ([damaged], "does not hold a run"),
         ([damaged, "--png", images], "does not hold a run"),
@@ -274,9 +363,27 @@ def test_a_finished_run_is_replayed_and_drawn(run, server, tmp_path, contents):
         ([tmp_path / "nothing"], "holds no records"),
         ([folder, "--visdom-port", free_port()], "no answer from"),
         ([folder, "--visdom-port", 0], "at least 1"),
+        ([], "required: run"),
     ):
         status, _, err = run(dashboard.main, *wrong)
         assert (status, err.count("\n"), message in err) == (2, 1, True)
+
+
+def python(*arguments):
+    return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_command_line(tmp_path):
+    done = python("-m", "aig.dashboard", str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("dashboard: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_importing_the_module_does_not_import_what_draws():
+    modules = ("visdom", "requests", "matplotlib")
+    done = python("-c", f"import sys, aig.dashboard; print([name for name in {modules} if name in sys.modules])")
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
 # ------------------------------------------------------------------------------------------ broken servers
@@ -287,7 +394,7 @@ def test_a_run_without_a_server_warns_once_and_is_not_changed(run, tmp_path):
     status, _, err = run(train.main, *command, "--expname", "watched", "--visdom", "--visdom-port", free_port())
     assert (status, err.count("no answer from"), err.count("\n")) == (0, 1, 1)
     assert run(train.main, *command, "--expname", "alone")[0] == 0
-    watched, alone = (utils.read_records(tmp_path / name) for name in ("watched", "alone"))
+    watched, alone = (runs.read_records(tmp_path / name) for name in ("watched", "alone"))
     assert [r["train"] for r in watched] == [r["train"] for r in alone]
 
 
@@ -331,9 +438,17 @@ def test_a_broken_server_costs_one_warning_and_two_seconds_an_epoch(kind, tmp_pa
 
 
 def test_where_visdom_is_missing_the_run_goes_on(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(sys.modules, "visdom", None)
-    assert isinstance(dashboard.connect(tmp_path), dashboard.Silent)
+    monkeypatch.setitem(sys.modules, "visdom", None)  # Python then reports that there is no such module
+    assert isinstance(dashboard.connect(tmp_path), dashboard.NullDashboard)
     assert "see the README" in capsys.readouterr().err
+
+
+def test_where_visdom_is_missing_the_command_says_so(monkeypatch, run, tmp_path):
+    monkeypatch.setitem(sys.modules, "visdom", None)
+    folder = write_run(tmp_path / "quiet")
+    status, _, err = run(dashboard.main, folder)
+    assert (status, err.count("\n"), "--png" in err) == (2, 1, True)
+    assert run(dashboard.main, folder, "--png", tmp_path / "images")[::2] == (0, "")
 
 
 # ------------------------------------------------------------------------------------------ size
@@ -355,8 +470,8 @@ def test_a_thousand_classes_and_fifty_gates_stay_small(server, tmp_path):
     records = wide_records()
     folder = tmp_path / "wide"
     folder.mkdir()
-    np.save(folder / utils.MATRIX, np.random.default_rng(1).random((1000, 50)).round(4))
-    utils.write_json(folder / utils.ARGS, {"block_rates": [0.7] * 50, "stages": [3, 8, 36, 3], "epochs": 100})
+    np.save(folder / runs.MATRIX, np.random.default_rng(1).random((1000, 50)).round(4))
+    runs.write_json(folder / runs.ARGS, {"block_rates": [0.7] * 50, "stages": [3, 8, 36, 3], "epochs": 100})
     board = dashboard.Dashboard(folder, port=server.port)
     sent = []
     board.session = board.login(math.inf)

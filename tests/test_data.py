@@ -6,9 +6,10 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-import data
-import utils
-from data import SmallImageLoader, SmallImages
+from aig import data
+from aig.console import InputError
+from aig.data import DATASETS, Batching, Choice, SmallImageLoader, SmallImages
+from aig.distributed import ALONE, World, world
 
 UNIT = ([0.0, 0.0, 0.0], [1 / 255] * 3)  # a normalisation that gives back the pixels
 
@@ -96,7 +97,7 @@ def test_a_last_training_batch_of_one_image_is_left_out(count, dropped, steps):
 
 
 def test_digits_are_all_there_split_evenly_over_the_classes():
-    train, test = (data.load_small_images("digits", "", train) for train in (True, False))
+    train, test = (data.load_digits("", train) for train in (True, False))
     assert len(train) + len(test) == 1797
     assert train.images.shape[1:] == (8, 8, 3)
     assert train.images.max() == 255
@@ -109,27 +110,25 @@ def test_held_out_images_are_disjoint_and_always_the_same():
     train, held_out = data.hold_out(source, 10)
     assert sorted([*train.labels.tolist(), *held_out.labels.tolist()]) == list(range(50))
     assert torch.equal(held_out.labels, data.hold_out(source, 10)[1].labels)
-    with pytest.raises(utils.InputError, match="only 50 training images"):
+    with pytest.raises(InputError, match="only 50 training images"):
         data.hold_out(source, 49)
 
 
 def test_mean_and_std_are_those_of_all_pixels():
     source = random_images(37, size=5)
     pixels = source.images.numpy().reshape(-1, 3) / 255
-    mean, std = data.pixel_statistics("folder", source)
+    mean, std = data.pixel_statistics(DATASETS["folder"], source)
     np.testing.assert_allclose([mean, std], [pixels.mean(0), pixels.std(0)], rtol=1e-12)
-    singles = [(image.permute(2, 0, 1) / 255.0, 0) for image in source.images]
-    np.testing.assert_allclose(utils.get_mean_and_std(singles), [pixels.mean(0), pixels.std(0)], rtol=1e-6)
 
 
 def test_cifar_keeps_the_originals_constants():
-    mean, std = data.pixel_statistics("cifar10", random_images(4))
+    mean, std = data.pixel_statistics(DATASETS["cifar10"], random_images(4))
     assert (mean, std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 
 
 def test_a_class_folder_is_read_as_it_is(image_folder, tmp_path):
     image_folder(tmp_path, train=4, test=3)
-    images = data.load_small_images("folder", tmp_path, train=True)
+    images = data.load_folder(tmp_path, train=True)
     assert images.classes == ["ant", "bee"]
     assert images.labels.tolist() == [0] * 4 + [1] * 4
     np.testing.assert_array_equal(images.images[5], np.asarray(Image.open(tmp_path / "train/bee/1.png")))
@@ -138,19 +137,7 @@ def test_a_class_folder_is_read_as_it_is(image_folder, tmp_path):
 @pytest.mark.parametrize("size", [(64, 40), (20, 33), (100, 100), (3, 500)])
 def test_images_of_any_size_become_32_by_32(image_folder, tmp_path, size):
     image_folder(tmp_path, size=size, val=4)
-    assert data.load_small_images("folder", tmp_path, train=False).images.shape == (8, 32, 32, 3)
-
-
-@pytest.mark.filterwarnings("error")
-def test_every_mode_of_image_is_read_as_rgb(tmp_path):
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8))
-    for mode, suffix in (("L", "png"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("1", "png"), ("I;16", "png")):
-        path = tmp_path / f"{mode.replace(';', '')}.{suffix}"
-        rgb.convert("L").convert("I").convert("I;16").save(path) if mode == "I;16" else rgb.convert(mode).save(path)
-        assert data.read_image(path).mode == "RGB"
-    palette = rgb.convert("P")
-    palette.save(tmp_path / "transparent.png", transparency=b"\x00\x80")
-    assert data.read_image(tmp_path / "transparent.png").mode == "RGB"
+    assert data.load_folder(tmp_path, train=False).images.shape == (8, 32, 32, 3)
 
 
 def test_an_image_that_cannot_be_decoded_is_named(image_folder, tmp_path):
@@ -158,5 +145,121 @@ def test_an_image_that_cannot_be_decoded_is_named(image_folder, tmp_path):
     whole = (tmp_path / "train/ant/0.png").read_bytes()
     for content in (b"", b"not an image", whole[: len(whole) // 2]):
         (tmp_path / "train/ant/0.png").write_bytes(content)
-        with pytest.raises(utils.InputError, match=r"train/ant/0\.png"):
-            data.load_small_images("folder", tmp_path, train=True)
+        with pytest.raises(InputError, match=r"train/ant/0\.png"):
+            data.load_folder(tmp_path, train=True)
+
+
+@pytest.mark.parametrize("augment", [None, "crop+flip"])
+def test_the_processes_share_each_batch_and_draw_as_one(augment):
+    whole = list(SmallImageLoader(random_images(20), 8, UNIT, augment=augment).batches(2))
+    shares = [
+        list(SmallImageLoader(random_images(20), 8, UNIT, augment=augment, world=World(rank, 3)).batches(2))
+        for rank in range(3)
+    ]
+    assert len(whole) == len(shares[0]) + (augment is not None) == 3  # 4 images are too few for three in training
+    for batch, *parts in zip(whole, *shares, strict=False):
+        for values, *of_processes in zip(batch, *parts, strict=True):
+            assert torch.equal(torch.cat(of_processes), values)
+
+
+def test_one_process_is_a_world_of_its_own():
+    assert world() is ALONE
+    assert (ALONE.is_main, ALONE.size, ALONE.shard(7), ALONE.all_max(3, True)) == (True, 1, slice(0, 7), [3, True])
+
+
+# ---------------------------------------------------------------------------------------------- --split
+
+
+def class_folders(root, **counts):
+    """A folder per class with so many images, each of one colour of its own."""
+    for red, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for number in range(count):
+            Image.new("RGB", (8, 8), (red, number, 0)).save(root / name / f"{number:02}.png")
+    return root
+
+
+def split_names(root, train, part=0.25):
+    found = data.open_split(root, train, ("test", "val"), part)
+    return [(path.rsplit("/", 1)[1], label) for path, label in found.samples]
+
+
+def test_a_split_holds_out_the_same_part_of_each_class_every_time(tmp_path):
+    root = class_folders(tmp_path, ant=20, bee=8, cow=2)
+    train, test = (split_names(root, train) for train in (True, False))
+    assert [sum(label == k for _, label in test) for k in range(3)] == [5, 2, 1]
+    assert [sum(label == k for _, label in train) for k in range(3)] == [15, 6, 1]
+    everything = [(path.rsplit("/", 1)[1], label) for path, label in data.open_image_folder(root).samples]
+    assert sorted(train + test) == sorted(everything)
+    assert (split_names(root, True), split_names(root, False)) == (train, test)
+    assert test[:5] != [(f"{number:02}.png", 0) for number in range(5)]  # not just the first
+
+
+@pytest.mark.parametrize(("part", "held_out"), [(0.001, 1), (0.999, 9), (0.5, 5)])
+def test_however_small_or_large_the_part_both_sides_get_images(tmp_path, part, held_out):
+    root = class_folders(tmp_path, ant=10, bee=10)
+    assert len(split_names(root, False, part)) == 2 * held_out
+    assert len(split_names(root, True, part)) == 2 * (10 - held_out)
+
+
+@pytest.mark.parametrize("name", ["train", "test", "val"])
+def test_a_folder_that_is_split_already_cannot_be_split(image_folder, tmp_path, name):
+    image_folder(tmp_path, **{name: 2})
+    with pytest.raises(InputError, match="is split already: leave out --split"):
+        data.load_folder(tmp_path, True, split=0.2)
+
+
+def test_folders_that_are_not_split_are_told_how(tmp_path):
+    class_folders(tmp_path, ant=4, bee=4)
+    with pytest.raises(InputError, match=r"no folder train/ in .*add --split 0\.2"):
+        data.load_folder(tmp_path, True)
+
+
+def test_a_split_reaches_both_loaders(tmp_path):
+    root = class_folders(tmp_path, ant=8, bee=8)
+    choice = Choice(dataset="folder", data=str(root), split=0.25)
+    loaders = data.open_loaders(choice, Batching(batch_size=4))
+    assert (loaders.train.num_images, loaders.val.num_images) == (12, 4)
+    assert loaders.val.labels.tolist() == [0, 0, 1, 1]
+    tested = data.open_loaders(Choice(dataset="folder", data=str(root), split=0.25, test=True), Batching(4))
+    assert tested.train is None
+    assert torch.equal(tested.val.images, loaders.val.images)
+    photographs = data.open_loaders(Choice(data=str(root), split=0.25, image_size=32), Batching(4))
+    assert (photographs.train.num_images, photographs.val.num_images) == (12, 4)
+    with pytest.raises(InputError, match="digits has a test set of its own"):
+        data.open_loaders(Choice(dataset="digits", split=0.25), Batching(4))
+
+
+# ---------------------------------------------------------------------------------------------- choosing images
+
+
+def test_a_subset_does_not_depend_on_the_seed_of_the_run():
+    chosen = [data.open_loaders(Choice("digits", train_size=100), Batching(64, seed)).train for seed in (1, 2)]
+    assert torch.equal(chosen[0].images, chosen[1].images)
+    assert chosen[0].num_images == 100
+    loaded = data.open_loaders(Choice("digits", train_size=100, val_size=50), Batching(64))
+    assert (loaded.train.num_images, loaded.val.num_images) == (100, 50)
+    with pytest.raises(InputError, match="--train-size 2000: there are only 1437 images"):
+        data.open_loaders(Choice("digits", train_size=2000), Batching(64))
+
+
+def test_a_test_on_a_subset_takes_always_the_same_images():
+    tests = [data.open_loaders(Choice("digits", test=True, test_size=30), Batching(64, seed)).val for seed in (1, 2)]
+    assert tests[0].num_images == 30
+    assert torch.equal(tests[0].images, tests[1].images)
+
+
+def test_a_checkpoints_normalisation_and_classes_are_kept():
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "classes": list("0123456789")}
+    loaders = data.open_loaders(Choice("digits", test=True, **own), Batching(64))
+    assert loaders.normalisation == (own["mean"], own["std"])
+    with pytest.raises(InputError, match="differ from those trained on: 0, x"):
+        data.open_loaders(Choice("digits", test=True, classes=list("x123456789")), Batching(64))
+
+
+def test_a_further_data_set_is_one_entry(monkeypatch):
+    made = data.Source(lambda root, train: random_images(12 if train else 6, 16, 3), "crop", None, 16)
+    monkeypatch.setitem(DATASETS, "stripes", made)
+    loaders = data.open_loaders(Choice("stripes"), Batching(4))
+    assert (loaders.train.size, loaders.train.num_images, len(loaders.val.classes)) == ((16, 16), 12, 3)
+    assert next(loaders.train.batches(1))[0].shape == (4, 3, 16, 16)

@@ -1,216 +1,297 @@
-"""Losses, schedules and gate statistics, each against a computation spelled out."""
+"""The loop: what a step does, and with what values."""
 
-import math
+import shutil
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import RATES, RECIPE, Batches, MemoryRun, new_state, small_loader, small_net, step, train
 
-import engine
-import inference
-from convnet_aig import BasicBlock, ResNet_cifar, draw_noise
-from data import SmallImageLoader, SmallImages
-from engine import Recipe
-from train import scaled_milestones
-from utils import TrainingError, derive_seed
-
-RATES = [0.7, 0.5, 0.6]
-RECIPE = Recipe(target_rates=RATES, lossfact=2, lr=0.1, milestones=(3, 5), epochs=6, seed=1, topk=(1, 2))
-
-
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    model = ResNet_cifar(BasicBlock, (1, 1, 1), 4, RATES)
-    for block in model.blocks():
-        torch.nn.init.normal_(block.fc2.weight, 0, 2)
-        torch.nn.init.zeros_(block.fc2.bias)
-    return model
+import convnet_aig
+import train as script
+from aig import engine
+from aig.console import Interrupted, TrainingError
+from aig.distributed import World
+from aig.environment import derive_seed
+from aig.losses import target_rate_loss
+from convnet_aig import BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
 
 
-@pytest.fixture
-def loader():
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (50, 8, 8, 3), dtype=torch.uint8, generator=random)
-    source = SmallImages(images, torch.randint(3, (50,), generator=random), ["a", "b", "c", "empty"])
-    return SmallImageLoader(source, 16, ([0.5] * 3, [0.3] * 3))
+def batch(count=16, classes=4):
+    torch.manual_seed(1)
+    return torch.randn(count, 3, 8, 8), torch.randint(classes, (count,))
 
 
-def trainer_of(model, lr=0.1, **changes):
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "lr_factor": 1.0}], lr)
-    return engine.Trainer(model, optimizer, replace(RECIPE, **changes))
+def noise_of(epoch, number, count, like):
+    """What `fit` draws for a step."""
+    torch.manual_seed(derive_seed(RECIPE.seed, "noise", epoch, number))
+    return draw_noise(len(RATES), count, like)
 
 
-def test_target_rate_loss_is_the_mean_square_distance_of_the_batch_rates():
-    z = torch.tensor([[1.0, 0, 1], [1, 0, 0]])
-    t = torch.tensor([0.6, 0.3, 1.0])
-    assert engine.target_rate_loss(z.mean(0), t).item() == pytest.approx((0.4**2 + 0.3**2 + 0.5**2) / 3)
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------------- values of a step
 
 
 def test_the_learning_rate_falls_tenfold_from_each_milestone_on():
-    factors = [engine.lr_factor(RECIPE, epoch, 1) for epoch in range(1, 7)]
-    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    recipe = replace(RECIPE, milestones=(3, 5))
+    assert [recipe.at(epoch, 1).lr for epoch in range(1, 7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
 def test_warm_up_rises_linearly_to_the_learning_rate():
-    recipe = replace(RECIPE, warmup=2)
-    assert engine.lr_factor(recipe, 1, 0.5) == pytest.approx(0.25)
-    assert engine.lr_factor(recipe, 2, 0.5) == pytest.approx(0.75)
-    assert engine.lr_factor(recipe, 2, 1) == 1
-    assert engine.lr_factor(recipe, 3, 0.1) == pytest.approx(0.1)
+    recipe = replace(RECIPE, milestones=(3,), warmup=2)
+    for epoch, progress, factor in [(1, 0.5, 0.25), (2, 0.5, 0.75), (2, 1, 1), (3, 0.1, 0.1)]:
+        assert recipe.at(epoch, progress).lr == pytest.approx(0.1 * factor)
+
+
+def test_target_rates_warm_up_linearly_over_their_epochs():
+    recipe = replace(RECIPE, target_warmup=2)
+    for epoch, progress, part in [(1, 0.5, 0.25), (1, 1, 0.5), (2, 0.5, 0.75), (2, 1, 1), (5, 1, 1)]:
+        assert recipe.at(epoch, progress).warm == pytest.approx(part)
+    assert RECIPE.at(1, 0.5).warm is None
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(350, [150, 250]), (10, [4, 7]), (6, [3, 4]), (1, [2, 3])])
 def test_default_milestones_scale_with_the_epochs(epochs, expected):
-    assert scaled_milestones(epochs) == expected
+    assert script.scaled_milestones(epochs) == expected
 
 
-@pytest.mark.parametrize("mode", ["argmax", "sample", "expected", "all"])
-def test_evaluation_statistics_equal_a_count_image_by_image(model, loader, mode):
-    model.eval().gate_mode = mode
-    record = engine.evaluate(model, loader, target_rates=RATES, lossfact=2, topk=(1, 2), seed=7)
-
-    torch.manual_seed(7)
-    with torch.no_grad():
-        outputs = [(model(x), y) for x, y in loader.batches()]
-    logits = torch.cat([output[0] for output, _ in outputs])
-    z = torch.cat([torch.stack(output[1], 1) for output, _ in outputs]).double()
-    labels = torch.cat([y for _, y in outputs])
-    run = torch.ones_like(z) if mode in ("expected", "all") else z
-
-    assert record["gates"] == pytest.approx(z.mean(0).tolist())
-    assert record["execution_rate"] == pytest.approx(run.mean().item())
-    assert record["executed_blocks"] == [int((run.sum(1) == n).sum()) for n in range(4)]
-    for k, name in enumerate("abc"):
-        assert record["gates_by_class"][k] == pytest.approx(z[labels == k].mean(0).tolist())
-        assert record["classes"][name] == pytest.approx(z[labels == k].mean().item())
-    assert math.isnan(record["classes"]["empty"])
-    assert record["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
-    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
-    assert record["top2"] == pytest.approx(100 * (ranks < 2).double().mean().item())
-    assert record["loss_classify"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
-    expected = 2 * sum((t - r) ** 2 for t, r in zip(RATES, z.mean(0).tolist(), strict=True)) / 3
-    assert record["loss_target"] == pytest.approx(expected)
-    assert record["loss"] == pytest.approx(record["loss_classify"] + record["loss_target"])
+@pytest.mark.parametrize(
+    ("accumulate", "count", "processes", "parts"),
+    [(1, 16, 1, 1), (4, 16, 1, 4), (4, 5, 1, 2), (4, 3, 1, 1), (4, 16, 4, 2)],
+)
+def test_every_part_has_two_images_for_each_process(accumulate, count, processes, parts):
+    assert replace(RECIPE, accumulate=accumulate).parts(count, World(0, processes)) == parts
 
 
-def test_repeated_tests_agree_and_samples_report_their_spread(model, loader):
-    settings = {"samples": 4, "seed": 1, "dense": False, "target_rates": RATES, "lossfact": 2, "topk": (1,)}
-    first, second = (engine.test(model, loader, **settings) for _ in range(2))
-    assert first.pop("images_per_second") > 0
-    assert second.pop("images_per_second") > 0
-    np.testing.assert_equal(first, second)  # equal NaNs of the class without images included
-    assert "top1_std" not in first
-    model.gate_mode = "sample"
-    sampled = engine.test(model, loader, **settings)
-    each = [
-        engine.evaluate(
-            model, loader, target_rates=RATES, lossfact=2, topk=(1,), seed=derive_seed(1, "test", i)
-        )["execution_rate"]
-        for i in range(4)
-    ]
-    assert len(set(each)) > 1
-    assert sampled["execution_rate"] == pytest.approx(torch.tensor(each).mean().item())
-    assert sampled["execution_rate_std"] == pytest.approx(torch.tensor(each, dtype=torch.float64).std().item())
+# ---------------------------------------------------------------------------------------------- the optimizer
 
 
-@pytest.mark.parametrize("mode", ["argmax", "all"])
-def test_the_computation_of_a_test_is_counted_image_by_image(model, loader, mode):
-    model.eval().gate_mode = mode
-    settings = {"samples": 1, "seed": 1, "target_rates": RATES, "lossfact": 2, "topk": (1,)}
-    skipping, dense = (engine.test(model, loader, dense=dense, **settings) for dense in (False, True))
-    cost = inference.macs(model, 8)
-    by_image, labels = [], []
-    for images, y in loader.batches():
-        z = torch.stack(model(images)[1], 1).detach()
-        by_image += cost.executed(z, gates=mode != "all").tolist()
-        labels += y.tolist()
-    by_image, labels = np.array(by_image), np.array(labels)
-    assert skipping["macs_mean"] == pytest.approx(by_image.mean())
-    assert skipping["macs_fraction"] == pytest.approx(by_image.mean() / cost.dense)
-    assert skipping["macs_dense"] == cost.dense
-    assert skipping["macs_paper"] == pytest.approx(cost.dense * skipping["execution_rate"])
-    for quantile, value in skipping["macs_quantiles"].items():
-        assert value == pytest.approx(np.quantile(by_image, float(quantile)))
-    for k, name in enumerate(loader.classes[:3]):
-        assert skipping["macs_classes"][name] == pytest.approx(by_image[labels == k].mean())
-    assert (skipping["skipping"], dense["skipping"]) == (mode == "argmax", False)
-    for name in ("macs_mean", "macs_quantiles", "executed_blocks", "gates", "top1"):
-        assert skipping[name] == dense[name]
-    assert skipping["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("layers", "of_gates"),
+    [(("fc2",), {"fc2"}), (convnet_aig.GATE_LAYERS, {"fc1", "fc1bn", "fc2"}), ((), set())],
+)
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+def test_gate_layers_have_a_learning_rate_of_their_own(block, layers, of_gates):
+    model = ResNet_cifar(block, (1, 1, 1), 4, RATES)
+    recipe = replace(RECIPE, lrfact=5, gate_layers=layers, momentum=0.8, weight_decay=0.01)
+    optimizer = engine.make_optimizer(model, recipe)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    factors = {
+        names[id(parameter)]: group["lr_factor"] for group in optimizer.param_groups for parameter in group["params"]
+    }
+    assert factors.keys() == set(names.values())
+    assert {name.split(".")[2] for name, factor in factors.items() if factor == 5} == of_gates
+    assert set(factors.values()) <= {1, 5}
+    engine.set_lr(optimizer, 0.3)
+    for group in optimizer.param_groups:
+        assert group["lr"] == pytest.approx(0.3 * group["lr_factor"])
+        assert (group["momentum"], group["weight_decay"], group["fused"]) == (0.8, 0.01, False)
 
 
-def test_a_training_step_is_the_gradient_of_both_losses(model, loader):
-    images, labels = next(loader.batches())
+def test_a_net_without_gates_has_one_group():
+    model = ResNet_ImageNet(Bottleneck, (1, 1, 1, 1), 4, [1] * 4)
+    assert len(engine.make_optimizer(model, replace(RECIPE, fused=True)).param_groups) == 1
+    assert engine.make_optimizer(model, replace(RECIPE, fused=True)).param_groups[0]["fused"] is True
+
+
+# ---------------------------------------------------------------------------------------------- a step
+
+
+def test_a_training_step_is_the_gradient_of_both_losses():
+    model, (images, labels) = small_net(), batch()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    torch.manual_seed(3)
-    logits, gates = model.train()(images)
+    logits, gates = model.train()(images, noise=noise_of(1, 1, 16, images))
     z = torch.stack(gates, 1)
     loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES) - z.mean(0)).square().mean()
-    gradients = torch.autograd.grad(loss, list(model.parameters()))
-    torch.manual_seed(3)
-    trainer_of(model).step(images, labels, len(images))
-    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    sums = step(model, images, labels)
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.detach(), before[name] - 0.1 * gradient)
+    assert sums["gates"].tolist() == z.sum(0).tolist()
+    assert sums["loss_classify"].item() == pytest.approx(16 * F.cross_entropy(logits, labels).item())
 
 
-def test_accumulation_gives_the_classification_gradient_of_the_whole_batch(model, loader):
-    images, labels = next(loader.batches())
-    model.train()
-    for module in model.modules():  # batch statistics are per part; freeze them to compare
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            module.eval()
-    gradients = []
+def test_noise_is_that_of_the_step_whatever_came_before_and_however_many_processes_share_it():
+    model, images = small_net(), torch.zeros(7, 3, 8, 8)
+    whole = engine.step_noise(model, images, 7, (1, "noise", 2, 3), World())
+    torch.rand(5)
+    parts = [engine.step_noise(model, images, 7, (1, "noise", 2, 3), World(rank, 3)) for rank in range(3)]
+    assert whole.shape == (3, 7, 2)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    for other in ((1, "noise", 2, 4), (1, "noise", 3, 3), (2, "noise", 2, 3)):
+        assert not torch.equal(engine.step_noise(model, images, 7, other, World()), whole)
+
+
+def test_split_gives_every_image_its_label_and_noise_once():
+    images, labels, noise = torch.arange(7.0), torch.arange(7), torch.arange(21.0).view(3, 7)
+    parts = list(engine.split(torch.nn.Identity(), images, labels, noise, 3))
+    assert [len(part[0]) for part in parts] == [3, 2, 2]
+    assert torch.equal(torch.cat([part[0] for part in parts]), images)
+    assert torch.equal(torch.cat([part[1] for part in parts]), labels)
+    assert torch.equal(torch.cat([part[2] for part in parts], 1), noise)
+
+
+def test_accumulation_gives_the_classification_gradient_of_the_whole_batch():
+    found, (images, labels) = [], batch()
     for parts in (1, 3):
-        for block in model.blocks():
-            block.gated = False
-        trainer_of(model, lr=0.0, accumulate=parts).step(images, labels, len(images))
-        gradients.append(model.conv1.weight.grad.clone())
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+        model = small_net(rates=[1, 1, 1])
+        for module in model.modules():  # batch statistics are per part; freeze them to compare
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.train = lambda mode=True, module=module: module
+                module.training = False
+        step(model, images, labels, lossfact=0, accumulate=parts, target_rates=[1, 1, 1])
+        found.append(gradients(model))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
-def test_accumulation_weighs_the_target_rate_loss_of_each_part_by_its_size(model, loader):
-    images, labels = next(loader.batches())
-    images, labels = images[:7], labels[:7]  # parts of 3, 2 and 2
-    torch.manual_seed(0)
-    sums = trainer_of(model.train()).step(images, labels, 7)
-    assert sums["gates"].sum() <= 21
+def test_accumulation_weighs_the_target_rate_loss_of_each_part_by_its_size():
+    images, labels = batch(7)  # parts of 3, 2 and 2
+    model = small_net()
+    sums = step(model, images, labels, accumulate=3)
+    found = gradients(model)
 
-    gradients = []
-    torch.manual_seed(0)
-    trainer_of(model, lr=0.0, accumulate=3).step(images, labels, 7)
-    gradients.append([p.grad.clone() for p in model.parameters()])
-    torch.manual_seed(0)
-    noise = draw_noise(3, 7, images)
-    model.zero_grad()
+    model = small_net().train()
+    noise, opened = noise_of(1, 1, 7, images), 0
     for part, size in ((slice(0, 3), 3), (slice(3, 5), 2), (slice(5, 7), 2)):
         logits, gates = model(images[part], noise=noise[:, part])
-        loss_target = 2 * engine.target_rate_loss(torch.stack(gates, 1).mean(0), torch.tensor(RATES))
+        z = torch.stack(gates, 1)
+        loss_target = 2 * target_rate_loss(z.mean(0), torch.tensor(RATES))
         ((F.cross_entropy(logits, labels[part]) + loss_target) * size / 7).backward()
-    gradients.append([p.grad for p in model.parameters()])
-    for first, second in zip(*gradients, strict=True):
-        torch.testing.assert_close(first, second)
+        opened = opened + z.sum(0).detach()
+    torch.testing.assert_close(found, gradients(model))
+    torch.testing.assert_close(sums["gates"], opened.double())
 
 
-def test_warm_up_reaches_the_optimizer_at_every_step(model, loader):
-    seen = []
-    trainer = trainer_of(model, warmup=1)
-    optimizer, step = trainer.optimizer, trainer.optimizer.step
-    optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), step())
-    engine.train_epoch(trainer, loader, 1, engine.Progress())
+def test_the_temperature_reaches_the_gradient_and_not_the_decisions():
+    found, (images, labels) = [], batch()
+    for tau in (1, 3):
+        model = small_net()
+        sums = step(model, images, labels, temperature=tau)
+        found.append((sums["gates"], next(model.blocks()).fc2.weight.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    assert not torch.allclose(found[0][1], found[1][1])
+
+
+def test_warming_target_rates_reach_the_loss():
+    images, labels = batch()
+    sums = step(small_net(), images, labels, target_warmup=4)  # a quarter of the way after the only step
+    rates = sums["gates"] / 16
+    now = 1 - 0.25 * (1 - torch.tensor(RATES, dtype=torch.float64))
+    assert sums["loss_target"].item() / 16 == pytest.approx(2 * (now - rates).square().mean().item())
+
+
+def test_memory_formats_compute_the_same(monkeypatch):
+    (images, labels), sums, layouts = batch(), [], []
+    original = ResNet_cifar.stem
+    monkeypatch.setattr(ResNet_cifar, "stem", lambda self, x: (
+        layouts.append(x.is_contiguous(memory_format=torch.channels_last)), original(self, x))[1])
+    for channels_last in (True, False):
+        sums.append(step(small_net().double(), images.double(), labels, channels_last=channels_last))
+    torch.testing.assert_close(*sums, rtol=1e-10, atol=1e-10)
+    assert (layouts[0], layouts[2]) == (True, False)  # between them is a batch of the validation
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+
+def test_warm_up_reaches_the_optimizer_at_every_step():
+    model, loader, seen = small_net(), small_loader(50), []
+    recipe = replace(RECIPE, warmup=1)
+    state = new_state(model, loader, recipe)
+    optimizer, original = state.optimizer, state.optimizer.step
+    optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), original())
+    train(model, loader, state=state, warmup=1)
     assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1])
 
 
-def test_gates_learn_their_target_rates(model, loader):
-    trainer = trainer_of(model, lossfact=20)
-    losses = [engine.train_epoch(trainer, loader, epoch, engine.Progress())["loss_target"] for epoch in range(1, 16)]
+def test_gates_learn_their_target_rates():
+    run = train(small_net(), small_loader(), epochs=15, lossfact=20)
+    losses = [record["train"]["loss_target"] for record in run.records]
     assert sum(losses[-3:]) < 0.3 * sum(losses[:3])
 
 
-def test_a_non_finite_loss_ends_training_naming_epoch_and_step(model, loader, capsys):
-    original, calls = model.forward, []
+def test_a_training_leaves_a_record_and_a_checkpoint_an_epoch():
+    loader, drawn = small_loader(50), []
+
+    class Board:
+        def update(self, records):
+            drawn.append(len(records))
+
+    model, run = small_net(), MemoryRun()
+    state = new_state(model, loader)
+    engine.fit(state, loader, small_loader(20), replace(RECIPE, last=3, milestones=(2,)), run, Board())
+    assert [record["epoch"] for record in run.records] == [1, 2, 3]
+    assert [record["lr"] for record in run.records] == pytest.approx([0.1, 0.01, 0.01])
+    for record in run.records:
+        assert record.keys() == {"epoch", "lr", "seconds", "train", "val"}
+        common = {"loss", "loss_classify", "loss_target", "top1", "execution_rate"}
+        assert record["train"].keys() == common
+        assert record["val"].keys() == common | {"gates", "classes", "executed_blocks", "gates_by_class"}
+        assert sum(record["val"]["executed_blocks"]) == 20
+    assert drawn == [1, 2, 3]
+    tops = [record["val"]["top1"] for record in run.records]
+    best = [top > max(tops[:epoch], default=-1) for epoch, top in enumerate(tops)]
+    assert run.saved == [(epoch + 2, 0, is_best) for epoch, is_best in enumerate(best)]
+    assert state.best == max(tops)
+
+
+def test_the_lines_of_a_training_come_at_the_steps_asked_for(capsys):
+    train(small_net(), small_loader(80), epochs=2, print_freq=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert Counter(line.split("  ")[0] for line in lines if " step " in line) == {
+        "epoch 1/6 step 2/5": 1, "epoch 1/6 step 4/5": 1, "epoch 2/6 step 2/5": 1, "epoch 2/6 step 4/5": 1}
+    assert [line for line in lines if line.startswith("epoch 2/6  lr 0.1  train (sample): loss")]
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_a_training_stopped_at_any_step_goes_on_to_the_same_weights(stop):
+    loader = small_loader(50, augment="crop")
+    straight, parts = small_net(), small_net()
+    whole = train(straight, loader, epochs=2, momentum=0.9)
+
+    def interrupt(state):
+        if state.step == stop:
+            raise Stopped
+
+    recipe = replace(RECIPE, momentum=0.9)
+    state = new_state(parts, loader, recipe)
+    with pytest.raises(Stopped):
+        train(parts, loader, state=state, after_step=interrupt, momentum=0.9)
+    assert (state.epoch, state.step, state.seen) == (1, stop, min(16 * stop, 50))
+    continued = train(parts, loader, epochs=2, state=state, momentum=0.9)
+    for name, value in straight.state_dict().items():
+        assert torch.equal(value, parts.state_dict()[name]), name
+    for record in (*whole.records, *continued.records):
+        record["seconds"] = 0
+    np.testing.assert_equal(continued.records, whole.records)  # equal NaNs of the class without images included
+
+
+def test_a_stop_in_the_validation_leaves_the_epoch_unfinished():
+    loader, calls = small_loader(), []
+
+    def interrupt(state):
+        calls.append(state.step)
+        if len(calls) == 5:  # three steps, and the second batch of the validation
+            raise Interrupted(15, "stopped")
+
+    with pytest.raises(Interrupted):
+        train(small_net(), loader, after_step=interrupt)
+    assert calls == [1, 2, 3, 3, 3]
+
+
+def test_a_non_finite_loss_ends_training_naming_epoch_and_step():
+    model, calls = small_net(), []
+    original = model.forward
 
     def broken(x, **more):
         calls.append(1)
@@ -218,5 +299,112 @@ def test_a_non_finite_loss_ends_training_naming_epoch_and_step(model, loader, ca
         return (logits * float("nan") if len(calls) == 2 else logits), gates
 
     model.forward = broken
+    loader = small_loader()
     with pytest.raises(TrainingError, match="epoch 5, step 2"):
-        engine.train_epoch(trainer_of(model), loader, 5, engine.Progress())
+        train(model, loader, state=new_state(model, loader, epoch=5))
+
+
+def test_a_gradient_that_is_not_finite_ends_training_though_the_loss_is():
+    model, steps, loader = small_net(), [], small_loader()
+    model.conv1.weight.register_hook(lambda g: steps.append(1) or g * (float("inf") if len(steps) == 2 else 1))
+    with pytest.raises(TrainingError, match="gradient not finite since epoch 4, step 2"):
+        train(model, loader, state=new_state(model, loader, epoch=4))
+
+
+def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_saved():
+    model, loader = small_net(), small_loader()
+    run, state = MemoryRun(), new_state(model, loader)
+
+    def spoil(state):
+        model.bn1.running_var[0] = float("nan")
+
+    run.save_if_due = spoil
+    with pytest.raises(TrainingError, match="not finite after epoch 1"):
+        engine.fit(state, loader, loader, RECIPE, run, None)
+    assert (run.records, run.saved) == ([], [])
+
+
+def test_the_training_loop_reads_nothing_from_the_device(monkeypatch):
+    reads, states = [], []
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def reading(self, *args, name=name, original=original, **kwargs):
+            reads.append((states[-1].epoch, states[-1].step) if states else None)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, reading)
+    for amp in ("off", "bf16"):
+        model, loader = small_net(), small_loader(augment="crop")
+        states.append(new_state(model, loader))
+        reads.clear()
+        train(model, loader, state=states[-1], amp=amp)
+        assert set(reads) == {(1, 3), (2, 0)}  # when the epoch is through
+
+
+# ---------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_weights_and_gradients_stay_in_float32(amp):
+    model = small_net()
+    images, labels = batch()
+    sums = step(model, images, labels, amp=amp)
+    assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
+    assert {value.dtype for value in sums.values()} == {torch.float64}
+    exact = step(small_net(), images, labels)
+    assert sums["loss_classify"] != exact["loss_classify"]
+    assert sums["loss_classify"].item() == pytest.approx(exact["loss_classify"].item(), rel=0.05)
+
+
+@pytest.mark.parametrize(("scale", "changes"), [(2.0**120, False), (2.0**10, True)])
+def test_a_float16_gradient_that_overflows_is_left_out_and_no_error(scale, changes):
+    model, (images, labels) = small_net(), batch()
+    loader = Batches(images, labels)
+    recipe = replace(RECIPE, amp="fp16")
+    state = new_state(model, loader, recipe)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train(model, loader, state=state, amp="fp16")
+    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters()) == changes
+    assert state.scaler.get_scale() == scale / (1 if changes else 2)
+
+
+def test_float16_that_never_fits_is_an_error():
+    model, loader = small_net(), small_loader()
+    model.conv1.weight.register_hook(lambda g: g * torch.nan)
+    state = new_state(model, loader, replace(RECIPE, amp="fp16"))
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=4e-3)
+    with pytest.raises(TrainingError, match="no float16 gradient of epoch 1 is finite"):
+        train(model, loader, state=state, amp="fp16")
+
+
+def test_only_batches_of_the_usual_size_go_through_the_compiled_network(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda x, **more: (
+        sizes.append(len(x)), network(x, **more))[1])
+    compiled, eager = small_net(), small_net()
+    train(compiled, small_loader(40), compile=True)
+    train(eager, small_loader(40))
+    assert sizes == [16, 16]  # not the last 8, and no validation
+    for name, value in compiled.state_dict().items():
+        assert torch.equal(value, eager.state_dict()[name])
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"
+)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_a_compiled_network_takes_the_same_steps():
+    results = []
+    for compile in (False, True):
+        model, (images, labels) = small_net().double(), batch(48 + 5)
+        run = train(model, Batches(images.double(), labels, 16), compile=compile)
+        results.append(({**run.records[0], "seconds": 0}, model.state_dict()))
+    (record, state), (compiled_record, compiled_state) = results
+    assert record["train"] == pytest.approx(compiled_record["train"], rel=1e-8)
+    torch.testing.assert_close(compiled_state, state, rtol=1e-8, atol=1e-8)

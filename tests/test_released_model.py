@@ -7,15 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-import analyze
-import data
-import inference
-import train
-import utils
+import aig
+from aig.analysis.__main__ import main
+from aig.checkpoint import load_checkpoint
+from aig.images import read_image
+from aig.runs import TEST
 
 FOLDER = Path(__file__).parent.parent / "results" / "model"
 CHECKPOINT = FOLDER / "aig20-cifar10-jpeg.pth.tar"
-RUN = FOLDER.parent / "full-aig-t0.7"
+RUN = FOLDER.parent / "runs" / "full-aig-t0.7"
 AIRPLANE, PROBABILITY, GRAPH = 0, 0.6963, "111011111"  # for `picture`, when it was released
 
 
@@ -29,10 +29,8 @@ def picture():
 
 @pytest.fixture
 def released():
-    args, checkpoint = train.parse(["--test", "--resume", str(CHECKPOINT)])
-    model = train.make_model(args, len(checkpoint["args"]["classes"])).eval()
-    utils.load_weights(model, checkpoint["state_dict"], CHECKPOINT)
-    mean, std = (torch.tensor(checkpoint["args"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    model = aig.load(CHECKPOINT)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.preprocess.mean, model.preprocess.std))
     return model, lambda pixels: (pixels / 255 - mean) / std
 
 
@@ -52,7 +50,7 @@ def test_it_skips_what_it_closes(released):
     images = normalise((picture() + noise * torch.linspace(0, 1, 32).view(-1, 1, 1, 1)).clamp(0, 255))
     with torch.inference_mode():
         logits, gates = model(images)
-        fast, skipped = inference.accelerate(model)(images)
+        fast, skipped = aig.accelerate(model)(images)
     opened = torch.stack(gates)
     assert torch.equal(opened, torch.stack(skipped))
     torch.testing.assert_close(logits, fast, atol=1e-3, rtol=1e-3)
@@ -63,26 +61,22 @@ def test_it_skips_what_it_closes(released):
 def test_a_newcomer_sees_a_graph_in_one_command(tmp_path, capsys):
     path = tmp_path / "sky.png"
     Image.fromarray(picture().permute(1, 2, 0).numpy()).save(path)
-    analyze.main(["--resume", str(CHECKPOINT), "--image", str(path), "--out", str(tmp_path / "out")])
+    main(["--resume", str(CHECKPOINT), "--image", str(path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert f"{path}: airplane {100 * PROBABILITY:.1f} %" in printed
     assert "stage 1 ###  stage 2 .##  stage 3 ###" in printed
-    assert data.read_image(str(tmp_path / "out" / "graphs.png")).size[0] > 500
+    assert read_image(str(tmp_path / "out" / "graphs.png")).size[0] > 500
 
 
 def test_the_card_gives_the_numbers_of_the_run():
-    card, tested = (FOLDER / "README.md").read_text(), json.loads((RUN / utils.TEST).read_text())
+    card, tested = (FOLDER / "README.md").read_text(), json.loads((RUN / TEST).read_text())
     for mode in ("argmax", "sample", "expected", "all"):
         result = tested[mode]
         assert f"| `{mode}` | {result['top1']:.2f}" in card
         assert f"| {result['execution_rate']:.3f} | {result['macs_fraction']:.3f} |" in card
-    checkpoint = utils.load_checkpoint(CHECKPOINT)
+    checkpoint = load_checkpoint(CHECKPOINT)
     assert checkpoint["best_prec1"] == pytest.approx(tested["argmax"]["top1"])
     assert checkpoint["epoch"] - 1 == tested["argmax"]["epoch"]
     assert CHECKPOINT.stat().st_size < 2e6
-    assert f"{sum(value.numel() for value in train_parameters(checkpoint)):,} parameters" in card
+    assert f"{sum(value.numel() for value in aig.load(CHECKPOINT).parameters()):,} parameters" in card
 
-
-def train_parameters(checkpoint):
-    args, _ = train.parse(["--test", "--resume", str(CHECKPOINT)])
-    return train.make_model(args, len(checkpoint["args"]["classes"])).parameters()

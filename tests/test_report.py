@@ -4,11 +4,12 @@ import math
 
 import pytest
 
-import utils
+from aig.console import InputError
+from aig.runs import read_json, read_records, write_json, write_records
 from benchmarks import report, reproduction
 from benchmarks.report import Difference, difference, verdict
 
-FLAGS = dict(reproduction.protocol())
+FLAGS = dict(reproduction.protocol(dropped=True))
 
 
 def write_run(results, name, errors, epochs=None, seconds=10, **options):
@@ -16,27 +17,28 @@ def write_run(results, name, errors, epochs=None, seconds=10, **options):
 
     Args:
         epochs: that were run; all by default.
-        options: entries of args.json, `flags` other than those of the protocol, and `fractions`, the executed part of
-            the multiply-accumulates by gate mode, where it is not 0.75.
+        options: entries of args.json, `flags` other than those of the protocol, `fractions`, the executed part of the
+            multiply-accumulates by gate mode, where it is not 0.75, and `executed`, the execution rate in training.
     """
     flags, fractions = options.pop("flags", FLAGS.get(name, "--epochs 12")), options.pop("fractions", {})
-    words = flags.split()
+    executed, words = options.pop("executed", 0.75), flags.split()
     last = int(words[words.index("--epochs") + 1])
     epochs = last if epochs is None else epochs
-    folder = results / name
+    folder = results / "runs" / name
     folder.mkdir(parents=True)
     args = {"epochs": last, "parameters": 277820, "git_commit": "0123456789abcdef-dirty", "hardware": "a machine",
             "versions": {"torch": "2.14.1"}, "data": "/home/someone/cifar10-jpeg", "depth": 20, "target": 0.7,
             "commands": [f"train.py --data /home/someone/cifar10-jpeg {flags} --resume auto"], **options}
-    utils.write_json(folder / "args.json", args)
+    write_json(folder / "args.json", args)
     error = next(iter(errors.values()), 50)
     top1 = {epoch: 100 - error - (last - epoch) for epoch in range(1, epochs + 1)}  # a point better with every epoch
-    utils.write_records(folder, [{"epoch": e, "seconds": seconds, "val": {"top1": top1[e]}} for e in top1])
+    common = {"seconds": seconds, "train": {"execution_rate": executed}}
+    write_records(folder, [{"epoch": e, **common, "val": {"top1": top1[e]}} for e in top1])
     costs = {"execution_rate": 0.75, "macs_mean": 30e6, "macs_paper": 30e6}
     if errors:
         tests = {mode: {"top1": 100 - error, "epoch": last, "macs_fraction": fractions.get(mode, 0.75), **costs}
                  for mode, error in errors.items()}
-        utils.write_json(folder / "test.json", tests)
+        write_json(folder / "test.json", tests)
     return folder
 
 
@@ -154,6 +156,24 @@ def test_reestimated_batchnorm_is_compared_within_the_runs(tmp_path):
     assert found[5] == "0.220 ± 0.110"
 
 
+def test_the_shares_of_branches_run_in_training_are_given_beside_the_difference(tmp_path):
+    assert "AIG executed not known yet." in report.report(tmp_path)
+    for seed, executed in ((1, 0.743), (2, 0.752), (3, 0.75)):
+        write_run(tmp_path, f"small-aig-t0.7-s{seed}", dict.fromkeys(report.GATE_MODES, 30), executed=executed)
+    told = section(report.report(tmp_path), "Verdict")
+    assert "stochastic depth keeps 0.70 of the branches (1 - its drop rate);\n" in told
+    assert "AIG executed 0.743 to 0.752 (mean over the epochs, 3 seeds)." in told
+
+
+def test_runs_of_a_dropped_flag_stay_in_the_report_but_are_not_offered(tmp_path):
+    text = report.report(tmp_path)
+    assert row(text, "small-option-temperature-s1")[-1] == "not run yet"
+    assert "check out commit 0014ec0" in section(text, "How it was measured")
+    offered = dict(reproduction.protocol())
+    assert "small-option-lrfact-s1" in offered
+    assert not any("temperature" in name + flags for name, flags in offered.items())
+
+
 def test_missing_seeds_and_runs_are_named(tmp_path):
     write_arm(tmp_path, "plain", [30, 31, 32])
     text = report.report(tmp_path)
@@ -188,17 +208,17 @@ def test_a_run_that_does_not_count_is_listed_and_left_out(tmp_path, options, rem
 )
 def test_a_test_that_is_not_the_protocols_does_not_count(tmp_path, key, value, remark):
     path = write_run(tmp_path, "small-plain-s1", {"argmax": 30}) / "test.json"
-    tests = utils.read_json(path)
+    tests = read_json(path)
     tests["argmax"][key] = value
-    utils.write_json(path, tests)
+    write_json(path, tests)
     assert row(report.report(tmp_path), "small-plain-s1")[-1] == remark
 
 
 def test_choosing_the_best_epoch_is_held_against_the_last(tmp_path):
     folder = write_run(tmp_path, "full-plain", {"argmax": 30})
-    records = utils.read_records(folder)
+    records = read_records(folder)
     records[4]["val"]["top1"] = 72.5  # 27.5 % in epoch 5, 30 % in the last
-    utils.write_records(folder, records)
+    write_records(folder, records)
     assert row(report.report(tmp_path), "full-plain", "30.00")[3] == "27.50 (5)"
     assert "`full-plain`: -2.50 points against the last epoch, chosen on the test images" in report.report(tmp_path)
 
@@ -207,7 +227,7 @@ def test_an_epoch_chosen_on_held_out_images_is_judged_on_the_test_images(tmp_pat
     folder = write_run(tmp_path, "full-aig-t0.7-val5000", dict.fromkeys(report.GATE_MODES, 30), val_size=5000)
     assert "its best epoch has not been tested yet" in report.report(tmp_path)
     best = {"argmax": {"top1": 69, "epoch": 8, "execution_rate": 0.8}}
-    utils.write_json(folder / "test_best.json", best)
+    write_json(folder / "test_best.json", best)
     text = report.report(tmp_path)
     assert "`full-aig-t0.7-val5000`: +1.00 points against the last epoch, chosen on held-out images" in text
     full = section(text, "The full and the long runs")
@@ -273,7 +293,7 @@ def test_a_curve_without_its_columns_is_named(tmp_path):
     curve = tmp_path / report.CURVE
     curve.parent.mkdir(parents=True)
     curve.write_text("run,mode,threshold,error\nfull-aig-t0.7,argmax,0.3,22.5\n")
-    with pytest.raises(utils.InputError, match=r"curve\.csv is damaged"):
+    with pytest.raises(InputError, match=r"curve\.csv is damaged"):
         report.report(tmp_path)
 
 

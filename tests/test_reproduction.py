@@ -19,9 +19,10 @@ def call(tmp_path, run, monkeypatch):
     return lambda *argv: run(reproduction.main, "--results", tmp_path / "kept", *argv)
 
 
+@pytest.mark.slow
 def test_a_training_is_tested_and_kept_and_not_done_twice(call, image_folder, tmp_path):
     images = image_folder(tmp_path / "data", train=3, test=2)
-    kept = tmp_path / "kept" / NAME
+    kept = tmp_path / "kept" / "runs" / NAME
     assert call("--data", images)[0] == 0
     assert {path.name for path in kept.iterdir()} == {
         "args.json", "metrics.jsonl", "train.log", "test.log", "test.json", "test_best.json"}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-import utils
+from aig import checkpoint, console, runs
 from convnet_aig import BasicBlock, ResNet_cifar
 
 ROOT = Path(__file__).parent.parent
@@ -48,7 +48,7 @@ def strict_json(text):
 
 def test_a_run_leaves_its_files(trained):
     names = {path.name for path in trained.iterdir()}
-    assert names == {"checkpoint.pth.tar", "model_best.pth.tar", "args.json", "metrics.jsonl"}
+    assert names == {"checkpoint.pth.tar", "model_best.pth.tar", "args.json", "metrics.jsonl", "log.txt"}
     args = json.loads((trained / "args.json").read_text())
     assert args["depth"] == 8
     assert args["classes"] == list("0123456789")
@@ -84,7 +84,7 @@ def test_the_seed_decides_everything(run, trained, tmp_path):
 def test_the_best_model_is_kept(trained):
     records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     tops = [record["val"]["top1"] for record in records]
-    best = utils.load_checkpoint(trained / "model_best.pth.tar")
+    best = checkpoint.load_checkpoint(trained / "model_best.pth.tar")
     assert best["best_prec1"] == max(tops)
     assert best["epoch"] == tops.index(max(tops)) + 2  # the next epoch to run
     assert not any(key.startswith("module.") for key in best["state_dict"])
@@ -124,7 +124,7 @@ def test_a_finished_run_says_so(run, copied, contents):
     status, out, _ = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu")
     assert status == 0
     assert "epoch 6 is done already" in out
-    assert contents(copied) == before
+    assert {**contents(copied), "log.txt": before["log.txt"]} == before
 
 
 @pytest.mark.parametrize("mode", ["argmax", "sample", "expected", "all"])
@@ -170,7 +170,9 @@ def test_a_threshold_trades_computation_for_accuracy_at_test_time(run, copied):
         status, out, _ = run(train.main, *command)
         assert (status, f"at threshold {threshold}" in out, "closed branches skipped" in out) == (0, True, True)
         assert "in the paper's convention" in out
-        found.append(json.loads((copied / "test.json").read_text())["argmax"])
+    tested = json.loads((copied / "test.json").read_text())
+    assert tested.keys() == {"argmax", "argmax@0.2", "argmax@0.9"}  # each threshold has its own entry
+    found = [tested[key] for key in ("argmax@0.2", "argmax", "argmax@0.9")]
     assert [each["threshold"] for each in found] == [0.2, 0.5, 0.9]
     assert found[0]["macs_mean"] > found[2]["macs_mean"]
     assert found[0]["execution_rate"] >= found[1]["execution_rate"] >= found[2]["execution_rate"]
@@ -219,7 +221,7 @@ def original_file(path, **extra):
 def test_files_of_the_original_load(run, tmp_path, contents):
     path = tmp_path / "original" / "model_best.pth.tar"
     path.parent.mkdir()
-    original_file(path)
+    original_file(path, best_prec1=99.9)
     command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--resume", path]
     assert run(train.main, *command, "--test")[0] == 0
     before = contents(path.parent)
@@ -228,13 +230,14 @@ def test_files_of_the_original_load(run, tmp_path, contents):
     assert status == 0
     assert "no optimizer state" in out
     assert contents(path.parent) == before
-    assert len(utils.read_records(tmp_path / "continued")) == 1
+    assert len(runs.read_records(tmp_path / "continued")) == 1
+    assert (tmp_path / "continued" / runs.BEST).exists()  # the best of the original's folder does not count here
 
 
 def test_prefixes_are_taken_off_and_weights_restored_exactly(tmp_path):
     model = original_file(tmp_path / "file")
     restored = ResNet_cifar(BasicBlock, (1, 1, 1))
-    utils.load_weights(restored, utils.load_checkpoint(tmp_path / "file")["state_dict"], "file")
+    checkpoint.load_weights(restored, checkpoint.load_checkpoint(tmp_path / "file")["state_dict"], "file")
     for name, value in model.state_dict().items():
         assert torch.equal(value, restored.state_dict()[name])
 
@@ -244,7 +247,8 @@ def test_a_network_that_diverged_is_never_saved(run, tmp_path):
     status, _, err = run(train.main, *command, "--save", tmp_path / "runs")
     assert (status, len(err.splitlines())) == (1, 1)
     assert "not finite" in err
-    assert not any(tmp_path.iterdir())
+    (log,) = (tmp_path / "runs" / "give_me_a_name_cifar").iterdir()
+    assert "not finite" in log.read_text().splitlines()[-1]
 
 
 def test_weight_decay_shrinks_and_start_epoch_skips(run, tmp_path):
@@ -252,7 +256,7 @@ def test_weight_decay_shrinks_and_start_epoch_skips(run, tmp_path):
     for decay in (0, 0.1):
         command = [*TINY, "--epochs", 2, "--start_epoch", 2, "--wd", decay, "--save", tmp_path, "--expname", decay]
         assert run(train.main, *command)[0] == 0
-        assert [record["epoch"] for record in utils.read_records(tmp_path / str(decay))] == [2]
+        assert [record["epoch"] for record in runs.read_records(tmp_path / str(decay))] == [2]
         norms.append(torch.load(tmp_path / str(decay) / "checkpoint.pth.tar")["state_dict"]["conv1.weight"].norm())
     assert norms[1] < 0.95 * norms[0]
 
@@ -266,14 +270,14 @@ def test_print_freq_is_the_number_of_steps_between_lines(run, tmp_path):
 def test_log_interval_is_the_number_of_steps_between_refreshes_on_a_terminal(run, tmp_path, monkeypatch):
     shown = []
 
-    class Terminal(utils.tqdm):
+    class Terminal(console.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **{**kwargs, "disable": False})
 
         def set_postfix_str(self, text, refresh=True):
             shown.append((self.n, text))
 
-    monkeypatch.setattr(utils, "tqdm", Terminal)
+    monkeypatch.setattr(console, "tqdm", Terminal)
     command = [*TINY, "--epochs", 1, "--log-interval", 5, "--save", tmp_path, "--expname", "bar"]
     status, out, _ = run(train.main, *command)
     assert status == 0

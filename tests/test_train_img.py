@@ -9,13 +9,13 @@ import torchvision
 from PIL import Image
 
 import convnet_aig
-import data
 import train
 import train_img
-import utils
-from convnet_aig import LAYERS, Bottleneck, ResNet_ImageNet, target_rates_of
+from aig import checkpoint, console, data, environment, runs
+from convnet_aig import ARCHS, Bottleneck, ResNet_ImageNet, target_rates_of
 
-CONSTRUCTORS = {arch: getattr(convnet_aig, f"ResNet{arch.removeprefix('resnet')}_ImageNet") for arch in LAYERS}
+DEEP = [arch for arch in ARCHS if arch != "resnet50"]
+CONSTRUCTORS = {arch: getattr(convnet_aig, f"ResNet{arch.removeprefix('resnet')}_ImageNet") for arch in ARCHS}
 
 
 # ---------------------------------------------------------------------------------------------- target rates
@@ -29,7 +29,7 @@ def test_the_schedules_are_the_papers():
     assert target_rates_of("1, t,0.5" + ",1" * 13, "resnet50", t) == [1, t, 0.5] + [1] * 13
 
 
-@pytest.mark.parametrize("arch", LAYERS)
+@pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("schedule", ["uniform", "paper"])
 def test_parameters_are_the_plain_resnet_and_the_gates_of_gated_blocks(arch, schedule):
     if (arch, schedule) == ("resnet152", "paper"):
@@ -74,7 +74,7 @@ def test_defaults_are_the_originals():
 # ---------------------------------------------------------------------------------------------- pretrained weights
 
 
-@pytest.mark.parametrize("arch", LAYERS)
+@pytest.mark.parametrize("arch", ["resnet50", *(pytest.param(a, marks=pytest.mark.slow) for a in DEEP)])
 def test_pretrained_weights_give_torchvisions_logits(tmp_path, arch):
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, arch)(num_classes=20).eval()
@@ -84,7 +84,7 @@ def test_pretrained_weights_give_torchvisions_logits(tmp_path, arch):
             module.running_var.uniform_(0.8, 1.2)
     torch.save({"state_dict": theirs.state_dict()} if arch == "resnet101" else theirs.state_dict(), tmp_path / "file")
     ours = CONSTRUCTORS[arch](num_classes=20).eval()
-    report = utils.load_pretrained(ours, str(tmp_path / "file"), arch)
+    report = checkpoint.load_pretrained(ours, str(tmp_path / "file"), arch)
     assert f"{len(theirs.state_dict())} tensors loaded" in report
     ours.gate_mode = "all"
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -113,9 +113,9 @@ def test_the_flag_starts_a_run_from_a_plain_resnet(run, photos, tmp_path):
 def test_gates_and_a_head_of_other_classes_stay_fresh(tmp_path):
     theirs = torchvision.models.resnet50(num_classes=3)
     torch.save(theirs.state_dict(), tmp_path / "file")
-    model = ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], 2)
+    model = ResNet_ImageNet(Bottleneck, ARCHS["resnet50"][1], 2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    report = utils.load_pretrained(model, str(tmp_path / "file"), "resnet50")
+    report = checkpoint.load_pretrained(model, str(tmp_path / "file"), "resnet50")
     assert "the head (it has 3 classes)" in report
     after = model.state_dict()
     assert torch.equal(after["layer1.0.fc1.weight"], before["layer1.0.fc1.weight"])
@@ -135,8 +135,8 @@ def test_pretrained_files_that_do_not_fit_are_an_error(tmp_path, damage):
         plain = model.state_dict()
     if damage != "no file":
         torch.save([1] if damage == "not a dict" else plain, tmp_path / "file")
-    with pytest.raises(utils.InputError, match="file"):
-        utils.load_pretrained(model, str(tmp_path / "file"), "resnet50")
+    with pytest.raises(console.InputError, match="file"):
+        checkpoint.load_pretrained(model, str(tmp_path / "file"), "resnet50")
 
 
 def test_official_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
@@ -144,8 +144,8 @@ def test_official_weights_that_cannot_be_downloaded_are_an_error(monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torchvision.models.ResNet50_Weights.IMAGENET1K_V1.__class__, "get_state_dict", offline)
-    with pytest.raises(utils.InputError, match="cannot download"):
-        utils.load_pretrained(ResNet_ImageNet(Bottleneck, (1, 1, 1, 1)), "torchvision", "resnet50")
+    with pytest.raises(console.InputError, match="cannot download"):
+        checkpoint.load_pretrained(ResNet_ImageNet(Bottleneck, (1, 1, 1, 1)), "torchvision", "resnet50")
 
 
 # ---------------------------------------------------------------------------------------------- photographs
@@ -185,7 +185,7 @@ def test_a_run_on_photographs_of_every_mode_resumes_and_tests(run, photos, tmp_p
     status, _, err = run(train_img.main, "--test", "--resume", tmp_path / "straight/model_best.pth.tar")
     assert (status, err) == (0, "")
     result = json.loads((tmp_path / "straight/test.json").read_text())["argmax"]
-    assert result["top5"] == 100
+    assert "top5" not in result  # of three classes it would say nothing
     assert list(result["classes"]) == ["class0", "class1", "class2"]
     fixed = [b for b, rate in enumerate(target_rates_of("paper", "resnet50", 0.7)) if rate == 1]
     assert [result["gates"][b] for b in fixed] == [1.0] * len(fixed)
@@ -197,9 +197,9 @@ def test_every_gate_parameter_gets_the_gate_learning_rate(run, photos, tmp_path)
     for factor in (0, 1):
         assert run(train_img.main, *command, "--lrfact", factor, "--expname", factor)[0] == 0
         states.append(torch.load(tmp_path / str(factor) / "checkpoint.pth.tar")["state_dict"])
-    torch.manual_seed(utils.derive_seed(5, "weights"))
+    torch.manual_seed(environment.derive_seed(5, "weights"))
     rates = target_rates_of("paper", "resnet50", 0.7)
-    fresh = dict(ResNet_ImageNet(Bottleneck, LAYERS["resnet50"], 3, rates).named_parameters())
+    fresh = dict(ResNet_ImageNet(Bottleneck, ARCHS["resnet50"][1], 3, rates).named_parameters())
     for name, value in fresh.items():
         gate = name.split(".")[-2] in ("fc1", "fc1bn", "fc2")
         assert torch.equal(states[0][name], value) == gate, name
@@ -209,7 +209,7 @@ def test_every_gate_parameter_gets_the_gate_learning_rate(run, photos, tmp_path)
 def test_the_learning_rate_falls_every_lrdecay_epochs(run, photos, tmp_path):
     command = [photos, *TINY, "--epochs", 3, "--lrdecay", 2, "--lr", 0.01, "--workers", 0, "--save", tmp_path]
     assert run(train_img.main, *command, "--expname", "decay")[0] == 0
-    lrs = [record["lr"] for record in utils.read_records(tmp_path / "decay")]
+    lrs = [record["lr"] for record in runs.read_records(tmp_path / "decay")]
     assert lrs == pytest.approx([0.01, 0.001, 0.001])
 
 
@@ -218,7 +218,8 @@ def test_photographs_are_normalised_with_imagenets_statistics(tmp_path):
         path = tmp_path / f"train/class/{value}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (50, 40), (value,) * 3).save(path)
-    images, _ = next(data.PhotoLoader(tmp_path / "train", 2, augment=False, size=32, workers=0).batches())
+    source = data.open_image_folder(tmp_path / "train")
+    images, _ = next(data.PhotoLoader(source, 2, augment=False, size=32, workers=0).batches())
     mean, std = map(torch.tensor, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     torch.testing.assert_close(images[:, :, 0, 0], torch.stack([-mean / std, (1 - mean) / std]), rtol=1e-5, atol=1e-6)
     assert images.shape == (2, 3, 32, 32)
@@ -230,6 +231,7 @@ def test_a_checkpoint_of_the_other_script_is_refused(run, photos, tmp_path):
     status, _, err = run(train.main, "--test", "--resume", checkpoint, "--device", "cpu")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "not a checkpoint of this script" in err
+    assert "use train_img.py" in err
 
 
 def test_bad_input_found_while_training_leaves_an_earlier_run_as_it_was(run, photos, tmp_path, contents):
@@ -246,7 +248,8 @@ def test_bad_input_found_while_training_leaves_an_earlier_run_as_it_was(run, pho
 @pytest.mark.parametrize("workers", [0, 2])
 def test_augmentation_is_a_function_of_seed_epoch_and_index(photos, workers):
     def images(epoch, start=0, workers=workers):
-        loader = data.PhotoLoader(photos / "train", 5, augment=True, size=32, seed=1, workers=workers)
+        source = data.open_image_folder(photos / "train")
+        loader = data.PhotoLoader(source, 5, augment=True, size=32, seed=1, workers=workers)
         return [x for x, _ in loader.batches(epoch, start)]
 
     first = images(1)
@@ -257,7 +260,7 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(photos, workers):
 
 
 def test_loading_leaves_the_noise_of_the_gates_alone(photos):
-    loader = data.PhotoLoader(photos / "train", 4, augment=True, size=32, workers=0)
+    loader = data.PhotoLoader(data.open_image_folder(photos / "train"), 4, augment=True, size=32, workers=0)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -292,6 +295,7 @@ def test_a_folder_that_does_not_fit_is_an_error_before_the_first_step(run, photo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_thousand_classes_from_training_to_test(run, tmp_path):
     for k in range(1000):
         mode, suffix = MODES[k % len(MODES)]

@@ -1,4 +1,4 @@
-"""analyze.py: its numbers are those of --test, its tests can fail, its figures can be drawn of anything."""
+"""aig.analysis: its numbers are those of --test, its tests can fail, its figures can be drawn of anything."""
 
 import csv
 import itertools
@@ -10,15 +10,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-import analyze
+import aig
 import convnet_aig
-import data
-import figures
-import inference
-import measures
 import train
 import train_img
-import utils
+from aig import distributed
+from aig.analysis import figures, measures
+from aig.analysis.__main__ import main
+from aig.analysis.output import SUMMARY
+from aig.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from aig.console import InputError
+from aig.data import SmallImageLoader, SmallImages, load_digits
+from aig.images import Normaliser
+from aig.runs import TEST, save_checkpoint
 from convnet_aig import BasicBlock, ResNet_cifar
 
 FIGURES = ("rates", "usage", "extremes", "curve", "robustness", "similarity")
@@ -30,7 +34,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """A net trained on digits, its plain twin, and what --test says of the first in every gate mode."""
     root = tmp_path_factory.mktemp("runs")
@@ -38,15 +42,15 @@ def runs(tmp_path_factory):
     train.main([*common, "--target", "0.6", "--expname", "aig"])
     train.main([*common, "--target", "1", "--expname", "plain", "--stop-after", "1"])
     for mode in convnet_aig.GATE_MODES:
-        train.main(["--test", "--resume", str(root / "aig" / utils.CHECKPOINT), "--gate-mode", mode])
+        train.main(["--test", "--resume", str(root / "aig" / CHECKPOINT), "--gate-mode", mode])
     return root
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def analyzed(runs, tmp_path_factory):
     """The folder of an analysis of all parts, the plain net beside it."""
     out = tmp_path_factory.mktemp("analysis")
-    analyze.main(["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(out), "--compare", str(runs / "plain"),
+    main(["--resume", str(runs / "aig" / CHECKPOINT), "--out", str(out), "--compare", str(runs / "plain"),
                   "--permutations", "199", "--epsilons", "0", "4/255", "0.05", "--thresholds", "0.3", "0.7"])
     return out
 
@@ -73,8 +77,8 @@ def small():
 
 
 def test_every_number_is_that_of_test(runs, analyzed):
-    tested = json.loads((runs / "aig" / utils.TEST).read_text())
-    summary = json.loads((analyzed / analyze.SUMMARY).read_text())
+    tested = json.loads((runs / "aig" / TEST).read_text())
+    summary = json.loads((analyzed / SUMMARY).read_text())
     for part in ("rates", "usage"):
         for name in ("images", "top1", "execution_rate", "macs_mean", "macs_dense", "macs_fraction"):
             assert summary[part][name] == pytest.approx(tested["argmax"][name], rel=1e-12), name
@@ -95,7 +99,7 @@ def test_every_number_is_that_of_test(runs, analyzed):
 
 
 def test_tables_agree_with_each_other(analyzed):
-    images, summary = read_csv(analyzed / "images.csv"), json.loads((analyzed / analyze.SUMMARY).read_text())
+    images, summary = read_csv(analyzed / "images.csv"), json.loads((analyzed / SUMMARY).read_text())
     assert len(images) == 360
     hits = [row["class"] == row["predicted"] for row in images]
     assert 100 * np.mean(hits) == pytest.approx(summary["usage"]["top1"])
@@ -110,25 +114,25 @@ def test_tables_agree_with_each_other(analyzed):
 
 
 def test_all_parts_leave_figure_table_and_arrays(analyzed):
-    expected = {analyze.SUMMARY, "images.csv"} | {f"{name}.{kind}" for name in FIGURES for kind in ("png", "npz")}
+    expected = {SUMMARY, "images.csv"} | {f"{name}.{kind}" for name in FIGURES for kind in ("png", "npz")}
     expected |= {f"{name}.csv" for name in FIGURES if name != "extremes"}
     assert {path.name for path in analyzed.iterdir()} == expected
-    for part in json.loads((analyzed / analyze.SUMMARY).read_text()).values():
+    for part in json.loads((analyzed / SUMMARY).read_text()).values():
         assert part["gate_mode"] == "argmax"
         assert part["versions"]["torch"] == torch.__version__
 
 
 def test_a_part_of_the_images_is_the_same_part_in_test(runs, tmp_path, capsys):
-    best, part = str(runs / "aig" / utils.CHECKPOINT), ["--test-size", "50"]
-    before = (runs / "aig" / utils.TEST).read_bytes()
+    best, part = str(runs / "aig" / CHECKPOINT), ["--test-size", "50"]
+    before = (runs / "aig" / TEST).read_bytes()
     train.main(["--test", "--resume", best, *part])
     printed = capsys.readouterr().out
-    analyze.main(["--resume", best, "--out", str(tmp_path), "--only", "usage", *part])
-    found = json.loads((tmp_path / analyze.SUMMARY).read_text())["usage"]
+    main(["--resume", best, "--out", str(tmp_path), "--only", "rates", *part])
+    found = json.loads((tmp_path / SUMMARY).read_text())["rates"]
     assert found["images"] == 50
     assert f"{found['top1']:.2f} %" in printed
     assert f"{found['macs_mean'] / 1e6:.2f}" in printed
-    assert (runs / "aig" / utils.TEST).read_bytes() == before  # which is about all images
+    assert (runs / "aig" / TEST).read_bytes() == before  # which is about all images
 
 
 def test_tables_and_sheet_follow_from_the_graphs(runs, analyzed):
@@ -136,17 +140,16 @@ def test_tables_and_sheet_follow_from_the_graphs(runs, analyzed):
     opened = np.array([[mark == "#" for mark in row["graph"]] for row in images])
     macs, labels = np.array([float(row["macs"]) for row in images]), np.array([int(row["class"]) for row in images])
     right = np.array([row["class"] == row["predicted"] for row in images])
-    args, _ = train.parse(["--test", "--resume", str(runs / "aig" / utils.CHECKPOINT)])
-    cost = inference.macs(train.make_model(args, 10), 8)
+    cost = aig.count_macs(aig.load(runs / "aig" / CHECKPOINT), 8)
     assert macs == pytest.approx(cost.executed(torch.tensor(opened)).numpy())
-    summary = json.loads((analyzed / analyze.SUMMARY).read_text())["usage"]
+    summary = json.loads((analyzed / SUMMARY).read_text())["usage"]
     found = [summary["macs_mean_right"], summary["macs_mean_wrong"]]
     assert found == pytest.approx([macs[right].mean(), macs[~right].mean()])
     for row in read_csv(analyzed / "usage.csv")[1:]:
         chosen = labels == int(row["class"])
         assert float(row["macs_0.05"]) == pytest.approx(np.quantile(macs[chosen], 0.05))
         assert int(row["images_with_6_blocks"]) == (opened[chosen].sum(1) == 6).sum()
-    agreement = measures.agreement_of_classes(opened, labels, 10)
+    agreement = measures.similarity(opened, labels, 10, permutations=1, seed=0)["agreement"]
     for row in read_csv(analyzed / "similarity.csv"):
         for name in map(str, range(10)):
             assert float(row[name]) == pytest.approx(agreement[int(row["class"]), int(name)])
@@ -162,10 +165,10 @@ def test_tables_and_sheet_follow_from_the_graphs(runs, analyzed):
 
 
 def test_the_origin_of_the_numbers_is_kept(analyzed):
-    curve = json.loads((analyzed / analyze.SUMMARY).read_text())["curve"]
+    curve = json.loads((analyzed / SUMMARY).read_text())["curve"]
     assert (curve["epoch"], curve["threshold"], curve["seed"]) == (12, 0.5, 1)
     assert curve["compared"]["plain"]["epoch"] == 1
-    assert curve["compared"]["plain"]["checkpoint"].endswith(utils.BEST)
+    assert curve["compared"]["plain"]["checkpoint"].endswith(BEST)
     plain = [row for row in read_csv(analyzed / "curve.csv") if row["run"] == "plain"]
     assert [(row["mode"], float(row["threshold"])) for row in plain] == [("argmax", 0.5)]
 
@@ -174,30 +177,36 @@ def test_few_images_of_many_classes(run, image_folder, tmp_path):
     image_folder(tmp_path / "data", classes=[f"c{number}" for number in range(14)], train=2, test=2)
     train.main(["--dataset", "folder", "--data", str(tmp_path / "data"), "--depth", "8", "--epochs", "1",
                 "--save", str(tmp_path), "--expname", "many"])
-    call = ["--resume", str(tmp_path / "many" / utils.CHECKPOINT), "--thresholds", "0.5", "--epsilons", "0"]
-    status, out, err = run(analyze.main, *call, "--out", tmp_path / "one", "--test-size", "1")
+    call = ["--resume", str(tmp_path / "many" / CHECKPOINT), "--thresholds", "0.5", "--epsilons", "0"]
+    status, out, err = run(main, *call, "--out", tmp_path / "one", "--test-size", "1")
     assert (status, err) == (0, "")
     assert "similarity is left out" in out
     assert read_csv(tmp_path / "one" / "usage.csv")[0]["images"] == "1"
-    status, _, err = run(analyze.main, *call, "--out", tmp_path / "all", "--permutations", "9")
+    (image,) = read_csv(tmp_path / "one" / "images.csv")
+    assert image["file"].startswith(str(tmp_path / "data" / "test" / image["class"]))
+    status, _, err = run(main, *call, "--out", tmp_path / "all", "--permutations", "9")
     assert (status, err) == (0, "")
 
 
-def test_a_checkpoint_of_the_original_is_analyzed_with_the_flags_it_does_not_record(runs, tmp_path):
-    state = utils.load_checkpoint(runs / "aig" / utils.CHECKPOINT)["state_dict"]
+def test_a_checkpoint_of_the_original_is_analyzed_with_the_flags_it_does_not_record(runs, tmp_path, capsys):
+    state = load_checkpoint(runs / "aig" / CHECKPOINT)["state_dict"]
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, tmp_path / "old.pth.tar")
-    call = ["--only", "usage", "--resume", str(tmp_path / "old.pth.tar"), "--out", str(tmp_path / "out")]
-    analyze.main([*call, "--dataset", "digits", "--depth", "14"])
-    found = json.loads((tmp_path / "out" / analyze.SUMMARY).read_text())["usage"]
-    tested = json.loads((runs / "aig" / utils.TEST).read_text())["argmax"]
+    call = ["--only", "rates", "--resume", str(tmp_path / "old.pth.tar"), "--out", str(tmp_path / "out")]
+    main([*call, "--dataset", "digits"])
+    found = json.loads((tmp_path / "out" / SUMMARY).read_text())["rates"]
+    tested = json.loads((runs / "aig" / TEST).read_text())["argmax"]
     assert found["top1"] == pytest.approx(tested["top1"])
     assert found["epoch"] is None
+    Image.new("L", (20, 30)).save(tmp_path / "black.png")
+    main(["--resume", str(tmp_path / "old.pth.tar"), "--image", str(tmp_path / "black.png")])
+    assert "black.png: " in capsys.readouterr().out
 
 
 def test_figures_of_an_earlier_analysis_do_not_stay_beside_new_numbers(runs, tmp_path):
-    call = ["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(tmp_path), "--only", "rates"]
-    analyze.main(call)
-    analyze.main([*call, "--overwrite", "--format", "svg"])
+    call = ["--resume", str(runs / "aig"), "--out", str(tmp_path), "--only", "rates"]  # a run folder: its best model
+    main(call)
+    assert json.loads((tmp_path / SUMMARY).read_text())["rates"]["checkpoint"] == str(runs / "aig" / BEST)
+    main([*call, "--overwrite", "--format", "svg"])
     assert {path.name for path in tmp_path.glob("rates.*")} == {"rates.csv", "rates.npz", "rates.svg"}
 
 
@@ -218,10 +227,10 @@ def test_agreement_is_that_of_all_pairs():
     labels[labels == 2] = 3
     labels[0] = 2  # a class with a single image has no pair
     expected, pairs = brute_force_agreement(opened, labels, 4)
-    np.testing.assert_allclose(measures.agreement_of_classes(opened, labels, 4), expected, rtol=1e-12)
+    found = measures.similarity(opened, labels, 4, permutations=9, seed=0)
+    np.testing.assert_allclose(found["agreement"], expected, rtol=1e-12)
     within = np.mean([each for k in range(4) for each in pairs[k][k]])
     between = np.mean([each for k, m in itertools.permutations(range(4), 2) for each in pairs[k][m]])
-    found = measures.similarity(opened, labels, 4, permutations=9, seed=0)
     assert [found["within"], found["between"]] == pytest.approx([within, between], rel=1e-12)
 
 
@@ -238,18 +247,18 @@ def test_graphs_that_follow_the_class_beat_the_baseline_and_others_do_not():
 
 @pytest.mark.parametrize("mode", ["argmax", "sample"])
 def test_an_untrained_net_is_at_chance_and_a_trained_one_is_not(runs, analyzed, tmp_path, mode):
-    state = torch.load(runs / "aig" / utils.CHECKPOINT, weights_only=True)
-    args, _ = train.parse(["--test", "--resume", str(runs / "aig" / utils.CHECKPOINT)])
+    state = torch.load(runs / "aig" / CHECKPOINT, weights_only=True)
+    args = train.make_parser().parse_args(["--depth", "14"])
     fresh = train.make_model(args, 10).state_dict()
     state = {**state, "state_dict": fresh, "is_best": False}
-    utils.save_checkpoint(state, tmp_path)
+    save_checkpoint(state, tmp_path)
     call = ["--only", "similarity", "--permutations", "199", "--gate-mode", mode]
-    analyze.main(["--resume", str(tmp_path / utils.CHECKPOINT), "--out", str(tmp_path / "out"), *call])
-    found = json.loads((tmp_path / "out" / analyze.SUMMARY).read_text())["similarity"]
+    main(["--resume", str(tmp_path / CHECKPOINT), "--out", str(tmp_path / "out"), *call])
+    found = json.loads((tmp_path / "out" / SUMMARY).read_text())["similarity"]
     assert found["p"] > 0.01
     assert abs(found["excess"]) <= 4 * found["shuffled_std"]
-    analyze.main(["--resume", str(runs / "aig" / utils.CHECKPOINT), "--out", str(tmp_path / "trained"), *call])
-    found = json.loads((tmp_path / "trained" / analyze.SUMMARY).read_text())["similarity"]
+    main(["--resume", str(runs / "aig" / CHECKPOINT), "--out", str(tmp_path / "trained"), *call])
+    found = json.loads((tmp_path / "trained" / SUMMARY).read_text())["similarity"]
     assert found["p"] == 1 / 200
     assert found["excess"] > found["shuffled_mean"] + 10 * found["shuffled_std"]
 
@@ -263,7 +272,7 @@ def test_the_gradient_of_a_hard_gate_is_that_of_its_probability(small, tau):
     block = next(small.blocks())
     logits = block.gate_logits(x).detach().requires_grad_()
     block.gate_logits = lambda x: logits
-    z = block.gate(x, "argmax", 0.5, tau, None)
+    z = block.decide(x, "argmax", 0.5, tau, None)
     assert torch.equal(z, (logits[:, 1] > logits[:, 0]).double())
     (gradient,) = torch.autograd.grad(z.sum(), logits)
     p = torch.softmax(logits.detach() / tau, 1)[:, 1]
@@ -300,8 +309,8 @@ def test_fgsm_is_the_librarys(small, mode, epsilon):
             return small((x - torch.tensor(mean, dtype=x.dtype).view(3, 1, 1)) / scale, noise=noise)[0]
 
     theirs = torchattacks.FGSM(Victim().eval(), eps=epsilon)(pixels / 255, labels)
-    scale = measures.Pixels(mean, std, torch.device("cpu"))
-    sign = measures.gradient_sign(small, scale.normalise(pixels), labels, noise)
+    normaliser = Normaliser(mean, std)
+    sign = measures.gradient_sign(small, normaliser(pixels), labels, noise)
     ours = measures.fgsm(pixels, sign, epsilon) / 255
     assert (sign != 0).float().mean() > 0.9
     # where a gradient is zero but for rounding, its sign is chance
@@ -318,26 +327,26 @@ def test_robustness_is_what_an_image_by_image_attack_finds(mode):
             nn.init.zeros_(block.fc2.bias)
     model.gate_mode = mode
     noise_images = torch.randint(0, 256, (20, 8, 8, 3), dtype=torch.uint8)
-    source = data.SmallImages(noise_images, torch.arange(20) % 4, list("abcd"))
-    loader = data.SmallImageLoader(source, 8, ([0.5] * 3, [0.3] * 3))
-    pixels = measures.Pixels([0.5] * 3, [0.3] * 3, torch.device("cpu"))
-    cost, epsilons, quality = inference.macs(model, 8), [0, 0.3], 2
-    found = measures.robustness(model, loader, pixels, epsilons, quality, cost, seed=3)
+    source = SmallImages(noise_images, torch.arange(20) % 4, list("abcd"))
+    loader = SmallImageLoader(source, 8, ([0.5] * 3, [0.3] * 3))
+    normaliser = Normaliser([0.5] * 3, [0.3] * 3)
+    cost, epsilons, quality = aig.count_macs(model, 8), [0, 0.3], 2
+    found = measures.robustness(model, loader, epsilons, quality, cost, seed=3)
 
     torch.manual_seed(3)
     expected = {name: np.zeros((2, 2)) for name in found}
     for images, labels in loader.batches():
         noise = convnet_aig.draw_noise(3, len(images), images)
         for n in range(len(images)):
-            x = pixels.of(images[n : n + 1])
+            x = normaliser.pixels(images[n : n + 1])
             part = {"noise": noise[:, n : n + 1] if mode == "sample" else None}
-            usual = torch.cat(model(pixels.normalise(x), **part)[1]).detach()
-            seen = pixels.normalise(x).requires_grad_()
+            usual = torch.cat(model(normaliser(x), **part)[1]).detach()
+            seen = normaliser(x).requires_grad_()
             torch.nn.functional.cross_entropy(model(seen, **part)[0], labels[n : n + 1]).backward()
             for column, epsilon in enumerate(epsilons):
                 attacked = (x + 255 * epsilon * seen.grad.sign()).clamp(0, 255)
                 for row, shown in enumerate((attacked, measures.jpeg(attacked, quality))):
-                    logits, gates = model(pixels.normalise(shown), **part)
+                    logits, gates = model(normaliser(shown), **part)
                     z = torch.cat(gates).detach()
                     differing = (z != usual).sum().item()  # an ungated block never does
                     values = {"error": 100 * (logits.argmax() != labels[n]).item(), "execution_rate": z.mean().item(),
@@ -372,12 +381,12 @@ def test_epsilon_0_changes_nothing(analyzed):
 
 
 def test_pixels_are_recovered_exactly_and_stay_in_range():
-    loader = data.SmallImageLoader(data.load_small_images("digits", "", train=False), 64, ([0.3] * 3, [0.35] * 3))
-    pixels = measures.Pixels([0.3] * 3, [0.35] * 3, torch.device("cpu"))
+    loader = SmallImageLoader(load_digits(None, train=False), 64, ([0.3] * 3, [0.35] * 3))
+    normaliser = Normaliser([0.3] * 3, [0.35] * 3)
     images, _ = next(iter(loader.batches()))
-    original = pixels.of(images)
+    original = normaliser.pixels(images)
     assert torch.equal(original.to(torch.uint8).permute(0, 2, 3, 1), loader.images[:64])
-    torch.testing.assert_close(pixels.normalise(original), images)
+    torch.testing.assert_close(normaliser(original), images)
     assert torch.equal(measures.fgsm(original, torch.ones_like(original), 0), original)
     attacked = measures.fgsm(original, torch.sign(torch.randn_like(original)), 0.3)
     assert attacked.min() >= 0
@@ -395,17 +404,12 @@ def test_images_of_any_kind_are_shown_with_the_networks_own_graph(runs, tmp_path
     files = [tmp_path / "colour.png", tmp_path / "grey.png"]
     for file, shape in zip(files, [(30, 20, 3), (8, 8)], strict=True):
         Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8)).save(file)
-    best = str(runs / "aig" / utils.CHECKPOINT)
-    analyze.main(["--resume", best, "--image", *map(str, files), "--out", str(tmp_path / "out")])
+    best = str(runs / "aig" / CHECKPOINT)
+    main(["--resume", best, "--image", *map(str, files), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed[::3][:2]] == [str(file) for file in files]
-    args, checkpoint = train.parse(["--test", "--resume", best])
-    model = train.make_model(args, 10).eval()
-    model.load_state_dict(checkpoint["state_dict"])
-    own = checkpoint["args"]
-    x = torch.stack([train.image_transform(args)(data.read_image(file)) for file in files]) / 255
-    mean, std = (torch.tensor(own[name]).view(3, 1, 1) for name in ("mean", "std"))
-    logits, gates = model((x - mean) / std)
+    model = aig.load(best)
+    logits, gates = model(torch.stack([model.preprocess(Image.open(file)) for file in files]))
     with np.load(tmp_path / "out" / "graphs.npz") as arrays:
         assert np.array_equal(arrays["opened"], torch.stack(gates, 1).detach().numpy() > 0.5)
         assert arrays["pixels"].shape == (2, 8, 8, 3)
@@ -413,7 +417,7 @@ def test_images_of_any_kind_are_shown_with_the_networks_own_graph(runs, tmp_path
     assert ["".join(line.split("(")[0].split()).translate(str.maketrans("", "", "stage0123456789"))
             for line in printed[1::3][:2]] == marks
     best_class = logits.softmax(1)[0].max(0)
-    assert f"{own['classes'][best_class.indices]} {100 * best_class.values:.1f} %" in printed[0]
+    assert f"{model.classes[best_class.indices]} {100 * best_class.values:.1f} %" in printed[0]
     assert (tmp_path / "out" / "graphs.png").stat().st_size > 1000
 
 
@@ -421,30 +425,27 @@ def test_an_imagenet_layout_folder_with_blocks_that_always_run(photographs, tmp_
     common = ["--image-size", "32", "--workers", "0", "--batch-size", "6", "--target-rates", "paper", "--target", "0.4"]
     common += ["--epochs", "1", "--lr", "1e-3", "--save", str(tmp_path), "--expname", "run"]
     train_img.main([str(photographs), *common])
-    checkpoint = str(tmp_path / "run" / utils.CHECKPOINT)
+    checkpoint = str(tmp_path / "run" / CHECKPOINT)
     out, image = tmp_path / "out", str(photographs / "val" / "bee" / "1.jpg")
-    analyze.main(["--resume", checkpoint, "--out", str(out), str(photographs), "--gate-mode", "sample",
+    main(["--resume", checkpoint, "--out", str(out), "--gate-mode", "sample",
                   "--permutations", "19", "--epsilons", "0", "0.01", "--thresholds", "0.5", "--workers", "0"])
     capsys.readouterr()
     train_img.main(["--test", "--resume", checkpoint, "--gate-mode", "sample", "--gate-samples", "1"])
-    tested = json.loads((tmp_path / "run" / utils.TEST).read_text())["sample"]
-    summary = json.loads((out / analyze.SUMMARY).read_text())
+    tested = json.loads((tmp_path / "run" / TEST).read_text())["sample"]
+    summary = json.loads((out / SUMMARY).read_text())
     for name in ("images", "top1", "execution_rate", "macs_mean"):
         assert summary["usage"][name] == pytest.approx(tested[name], rel=1e-12)
+    files = [row["file"] for row in read_csv(out / "images.csv")]
+    assert files == [str(photographs / "val" / name / f"{k}.jpg") for name in ("ant", "bee", "cow") for k in range(4)]
+    with np.load(out / "extremes.npz") as sheet:
+        seen = aig.load(checkpoint).preprocess.pixels(Image.open(files[sheet["numbers"][1, 0]]))
+        assert np.array_equal(sheet["pixels"][1, 0], seen.permute(1, 2, 0).numpy())
     assert len(list(out.glob("*.png"))) == len(FIGURES)
     capsys.readouterr()
-    analyze.main(["--resume", checkpoint, "--image", image])
+    main(["--resume", checkpoint, "--image", image])
     printed = capsys.readouterr().out
     assert "= always runs" in printed
     assert printed.splitlines()[1].count("=") == 1 + 6  # of the legend, and the blocks at rate 1
-
-
-def test_figures_are_drawn_again_from_arrays_alone(analyzed, tmp_path, capsys):
-    for path in analyzed.glob("*.npz"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    analyze.main(["--redraw", "--out", str(tmp_path), "--format", "svg"])
-    assert {path.stem for path in tmp_path.glob("*.svg")} == set(FIGURES)
-    assert capsys.readouterr().out.strip().endswith(", ".join(FIGURES))
 
 
 @pytest.mark.parametrize(("classes", "blocks", "gates"), [(1000, 50, True), (2, 3, False), (1, 16, True)])
@@ -454,7 +455,7 @@ def test_figures_of_any_number_of_classes_and_blocks(classes, blocks, gates):
     rates, gated = random.random((classes, blocks)), np.array([gates, *[True] * (blocks - 1)])
     order, tree = measures.cluster(rates)
     assert sorted(order) == list(range(classes))
-    executed, labels = random.integers(0, blocks + 1, 3000), random.integers(0, classes, 3000)
+    executed, labels = random.integers(0, blocks + 1, 3000), np.arange(3000) % classes
     drawn = [
         figures.rates(rates, order, tree, names, np.array([1, blocks - 1]), gated),
         figures.usage(executed, 1e7 * (1.0 + executed), labels, names, np.array(blocks), np.array(1e7 * (blocks + 1))),
@@ -470,6 +471,23 @@ def test_classes_whose_gates_all_do_the_same(classes):
     order, tree = measures.cluster(rates)
     names = np.array([f"c{index}" for index in range(classes)])
     figures.rates(rates, order, tree, names, np.array([4, 12]), np.ones(16, bool)).savefig("/dev/null", format="png")
+
+
+@pytest.mark.parametrize("classes", [10, 30, 100])
+def test_labels_of_an_axis_never_overlap(classes):
+    names, order = np.array([f"Quagga_{index:04}" for index in range(classes)]), np.arange(classes)
+    rates, labels = np.random.default_rng(0).random((classes, 9)), np.arange(3 * classes) % classes
+    drawn = [
+        figures.similarity(np.eye(classes), order, names, np.array(0.027), np.array([-0.004, 0.004]), np.array(0.1)),
+        figures.rates(rates, order, np.zeros((0, 4)), names, np.array([3, 3, 3]), np.ones(9, bool)),
+        figures.usage(labels % 9, 1e7 * (labels % 9), labels, names, np.array(9), np.array(1e8)),
+    ]
+    for figure in drawn:
+        figure.draw_without_rendering()
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            boxes = [text.get_window_extent() for text in axis.get_ticklabels() if text.get_text()]
+            places = sorted(getattr(box, f"interval{axis.axis_name}").tolist() for box in boxes)
+            assert all(end <= start for (_, end), (start, _) in itertools.pairwise(places))
 
 
 def test_runs_on_the_curve_are_told_apart_without_colours():
@@ -488,24 +506,18 @@ def test_runs_are_told_apart_without_colours():
 
 
 def test_the_contact_sheet_shows_the_cheapest_and_the_dearest():
-    gallery = measures.Gallery([0, 2], 2)
-    costs = torch.tensor([5.0, 1, 4, 2, 3, 9, 0, 7] * 4)
-    labels = torch.tensor([0] * 30 + [2, 1])
-    pixels = torch.arange(32).view(32, 1, 1, 1).expand(32, 3, 2, 2)
-    for start in range(0, 32, 8):
-        part = slice(start, start + 8)
-        gallery.add(start, pixels[part], labels[part], costs[part])
-    found = gallery.arrays()
-    assert found["gallery_numbers"].tolist() == [[6, 14, 21, 29], [30, -1, -1, -1]]
-    assert found["gallery_pixels"][:, :, 0, 0, 0].tolist() == [[6, 14, 21, 29], [30, 0, 0, 0]]
+    costs = np.array([5, 1, 4, 2, 3, 9, 0, 7] * 3)
+    assert measures.cheapest_and_dearest(costs, 2).tolist() == [6, 14, 13, 21]
+    assert measures.cheapest_and_dearest(costs[:3], 2).tolist() == [1, 2, -1, 0]
+    assert measures.cheapest_and_dearest(costs[:1], 2).tolist() == [0, -1, -1, -1]
 
 
 # ---------------------------------------------------------------------------------------------- bad input
 
 
 def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
-    before, call = contents(analyzed), ["--resume", runs / "aig" / utils.CHECKPOINT, "--out", analyzed]
-    status, _, err = run(analyze.main, *call, "--only", "usage")
+    before, call = contents(analyzed), ["--resume", runs / "aig" / CHECKPOINT, "--out", analyzed]
+    status, _, err = run(main, *call, "--only", "usage")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "--overwrite" in err
     assert contents(analyzed) == before
@@ -514,53 +526,79 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--out"),
+        (["--resume", "AIG"], "--out"),
         (["--out", "OUT"], "--resume"),
         (["--out", "OUT", "--resume", "missing.pth.tar"], "no checkpoint at"),
-        (["--out", "OUT", "--resume", "AIG", "--gate-mode", "all"], "use argmax or sample"),
+        (["--out", "OUT", "--resume", "AIG", "--gate-mode", "all"], "invalid choice"),
         (["--out", "OUT", "--resume", "AIG", "--epsilons", "4/0"], "4/255"),
         (["--out", "OUT", "--resume", "AIG", "--epsilons", "2"], "at most 1"),
         (["--out", "OUT", "--resume", "AIG", "--thresholds", "1"], "below 1"),
         (["--out", "OUT", "--resume", "AIG", "--only", "poetry"], "invalid choice"),
         (["--out", "OUT", "--resume", "AIG", "--permutations", "0"], "at least 1"),
         (["--out", "OUT", "--resume", "AIG", "--no-such-flag"], "unrecognized"),
-        (["--out", "OUT", "--resume", "AIG", "--reestimate-bn"], "leave it out"),
-        (["--out", "OUT", "--resume", "AIG", "--epochs", "7"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--thresh", "0.9"], "unrecognized"),
-        (["--resume", "AIG", "--image", "FILE", "--compare", "PLAIN"], "--compare means nothing to --image"),
-        (["--resume", "AIG", "--image", "FILE", "--epsilons", "0.1"], "--epsilons means nothing to --image"),
-        (["--resume", "AIG", "--image", "FILE", "--test-size", "9"], "--test-size means nothing to --image"),
         (["--out", "OUT", "--resume", "AIG", "--epsilons", "1e400"], "4/255"),
-        (["--out", "OUT", "--resume", "AIG", "--visdom"], "leave it out"),
         (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
         (["--out", "OUT", "--resume", "AIG", "--compare", "nowhere"], "nowhere"),
         (["--out", "OUT", "--resume", "PLAIN"], "without gates"),
         (["--out", "FILE", "--resume", "AIG"], "--out"),
         (["--resume", "AIG", "--image", "FILE"], "cannot read the image"),
-        (["--resume", "AIG", "--image", "nowhere.png"], "cannot read the image"),
-        (["--redraw", "--out", "OUT"], "no arrays"),
-        (["--redraw", "--out", "BROKEN"], "cannot be drawn"),
-        (["--redraw", "--out", "BROKEN", "--resume", "AIG"], "--resume means nothing to --redraw"),
-        (["--redraw", "--out", "BROKEN", "--threshold", "0.3"], "--threshold 0.3 means nothing to --redraw"),
+        (["--resume", "AIG", "--image", "nowhere.png"], "no such file"),
     ],
 )
 def test_bad_input_gets_one_line(run, runs, tmp_path, flags, message):
     (tmp_path / "file").write_text("text")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "rates.npz").write_bytes(b"PK\3\4 no archive")
-    places = {"OUT": tmp_path / "out", "AIG": runs / "aig" / utils.CHECKPOINT, "FILE": tmp_path / "file",
-              "PLAIN": runs / "plain" / utils.CHECKPOINT, "BROKEN": tmp_path / "broken"}
-    status, _, err = run(analyze.main, *(places.get(flag, flag) for flag in flags))
+    places = {"OUT": tmp_path / "out", "AIG": runs / "aig" / CHECKPOINT, "FILE": tmp_path / "file",
+              "PLAIN": runs / "plain" / CHECKPOINT}
+    status, _, err = run(main, *(places.get(flag, flag) for flag in flags))
     assert (status, len(err.splitlines())) == (2, 1), err
     assert message in err
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("batch_size", -1, []),
+        ("seed", "x", []),
+        ("data", ["a"], []),
+        ("gate_mode", "expected", ["--gate-mode", "argmax"]),
+        ("threshold", float("nan"), ["--threshold", "0.5"]),
+        ("dataset", "mnist", ["--dataset", "digits"]),
+    ],
+)
+def test_what_a_checkpoint_records_is_checked_as_if_typed(run, runs, tmp_path, name, value, flag):
+    state = torch.load(runs / "aig" / CHECKPOINT, weights_only=True)
+    save_checkpoint({**state, "args": {**state["args"], name: value}, "is_best": False}, tmp_path)
+    call = ["--resume", tmp_path, "--out", tmp_path / "out", "--only", "rates"]
+    status, _, err = run(main, *call)
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert f"the {name.replace('_', '-')} it records is unfit" in err
+    if flag:
+        assert run(main, *call, *flag)[0] == 0
+
+
+def test_images_of_another_number_of_classes_are_refused(run, runs, image_folder, tmp_path):
+    state = load_checkpoint(runs / "aig" / CHECKPOINT)["state_dict"]
+    torch.save({"state_dict": state}, tmp_path / "old.pth.tar")
+    image_folder(tmp_path / "data", train=1, test=1)
+    call = ["--resume", tmp_path / "old.pth.tar", "--out", tmp_path / "out", "--data", tmp_path / "data"]
+    status, _, err = run(main, *call, "--dataset", "folder")
+    assert (status, len(err.splitlines())) == (2, 1), err
+    assert "10 classes" in err
+
+
+def test_several_processes_are_refused(run, runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2))
+    with pytest.raises(InputError, match="one process"):
+        main(["--resume", str(runs / "aig"), "--out", str(tmp_path)])
+
+
 def test_runs_on_other_classes_cannot_be_compared(run, runs, tmp_path):
-    state = torch.load(runs / "plain" / utils.CHECKPOINT, weights_only=True)
+    state = torch.load(runs / "plain" / CHECKPOINT, weights_only=True)
     state["args"] = {**state["args"], "classes": [f"x{k}" for k in range(10)]}
-    utils.save_checkpoint({**state, "is_best": False}, tmp_path)
-    call = ["--resume", runs / "aig" / utils.CHECKPOINT, "--out", tmp_path / "out", "--compare", tmp_path]
-    status, _, err = run(analyze.main, *call, "--only", "curve")
+    save_checkpoint({**state, "is_best": False}, tmp_path)
+    call = ["--resume", runs / "aig" / CHECKPOINT, "--out", tmp_path / "out", "--compare", tmp_path]
+    status, _, err = run(main, *call, "--only", "curve")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "classes" in err

@@ -10,12 +10,14 @@ import pytest
 import torch
 from faults import records
 
-import engine
 import train
 import train_img
-import utils
+from aig import console, engine, runs
+from aig.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
 DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--target", 0.7, "--device", "cpu", "--epochs", 3]
 STEPS = 6  # an epoch of 1437 digits
 
@@ -30,7 +32,7 @@ def straight(tmp_path_factory):
 
 def assert_same_run(folder, other):
     assert records(folder) == records(other)
-    for name in (utils.CHECKPOINT, utils.BEST):
+    for name in (runs.CHECKPOINT, runs.BEST):
         first, second = (torch.load(path / name, weights_only=True) for path in (folder, other))
         assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
         for state, same in zip(*(each["optimizer"]["state"].values() for each in (first, second)), strict=True):
@@ -41,20 +43,20 @@ def assert_same_run(folder, other):
 
 
 def at_call(monkeypatch, name, number, action):
-    """Runs `action` before the number-th call of an engine's function, or of the trainer's step."""
-    owner = engine.Trainer if name == "step" else engine
-    function, calls = getattr(owner, name), iter(range(1, 1 << 30))
+    """Runs `action` before the number-th call of a function of the engine; a "step" draws its noise first."""
+    name = {"step": "step_noise"}.get(name, name)
+    function, calls = getattr(engine, name), iter(range(1, 1 << 30))
 
     def wrapped(*args, **kwargs):
         if next(calls) == number:
             action()
         return function(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, wrapped)
+    monkeypatch.setattr(engine, name, wrapped)
 
 
 def resume(run, main, folder, *more):
-    return run(main, "--resume", folder / utils.CHECKPOINT, "--device", "cpu", *more)
+    return run(main, "--resume", folder / runs.CHECKPOINT, "--device", "cpu", *more)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def resume(run, main, folder, *more):
         (signal.SIGTERM, "step", STEPS + 3, "epoch 2, 3 of 6 steps"),
         (signal.SIGUSR1, "step", 2 * STEPS, "epoch 2, 6 of 6 steps"),
         (signal.SIGTERM, "evaluate", 1, "epoch 1, 6 of 6 steps"),
-        (signal.SIGTERM, "check_health", 2, "epoch 3, 0 of 6 steps"),
+        (signal.SIGTERM, "check_health", 2, "epoch 3, 1 of 6 steps"),
     ],
 )
 def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(
@@ -77,7 +79,7 @@ def test_a_signal_saves_the_step_and_the_run_goes_on_from_there(
     folder = tmp_path / "straight"
     assert (status, err.count("\n")) == (128 + number, 1)
     assert position in err
-    assert f"continue with --resume {folder / utils.CHECKPOINT}" in err
+    assert f"continue with --resume {folder / runs.CHECKPOINT}" in err
     assert signal.getsignal(number) == usual
     assert resume(run, train.main, folder)[::2] == (0, "")
     assert_same_run(folder, straight)
@@ -92,7 +94,7 @@ def test_a_timer_saves_in_mid_epoch_and_a_crash_loses_no_more(run, straight, tmp
         with pytest.raises(RuntimeError, match="a crash"):
             run(train.main, *DIGITS, "--save", tmp_path, "--expname", "straight", "--checkpoint-minutes", 1e-9)
     folder = tmp_path / "straight"
-    checkpoint = torch.load(folder / utils.CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(folder / runs.CHECKPOINT, weights_only=True)
     assert (checkpoint["epoch"], checkpoint["step"], checkpoint["seen"]) == (2, 4, 4 * 256)
     assert resume(run, train.main, folder)[::2] == (0, "")
     assert_same_run(folder, straight)
@@ -119,7 +121,7 @@ def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, m
     before = contents(folder)
     status, _, err = resume(run, train.main, folder, "--batch-size", 128)
     assert (status, err.count("\n"), "--start-epoch 1" in err) == (2, 1, True)
-    checkpoint = torch.load(folder / utils.CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(folder / runs.CHECKPOINT, weights_only=True)
     broken = [("step", "two"), ("step", 99), ("seen", None), ("seconds", -1), ("sums", []), ("sums", {})]
     broken += [("sums", {"gates": 1}), ("sums", {**checkpoint["sums"], "gates": torch.zeros(2)})]
     for key, value in broken:
@@ -135,7 +137,7 @@ def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, m
 def test_a_second_signal_acts_as_usual():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores SIGINT
     try:
-        with utils.Signals() as signals:
+        with console.Signals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
             assert signals.received == signal.SIGINT
             with pytest.raises(KeyboardInterrupt):
@@ -154,4 +156,4 @@ def test_a_real_process_exits_with_128_and_the_signal(tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 143
     assert err.startswith("train.py: SIGTERM: stopped in epoch")
-    assert utils.load_checkpoint(tmp_path / "real" / utils.CHECKPOINT)["step"] > 0
+    assert load_checkpoint(tmp_path / "real" / runs.CHECKPOINT)["step"] > 0

@@ -10,11 +10,14 @@ from faults import same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import cli
 import train
 import train_img
 import utils
-from utils import InputError
+from aig import runs
+from aig.checkpoint import load_checkpoint
+from aig.console import InputError
+
+pytestmark = pytest.mark.slow
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 3))  # for each test, about
 DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--epochs", 1, "--target", 0.7, "--device", "cpu"]
@@ -58,7 +61,7 @@ def test_any_command_line_is_parsed_or_refused(folder, script, data):
     flags = st.sampled_from(flags_of(make_parser()))
     argv = data.draw(st.lists(st.one_of(flags, VALUES, st.tuples(flags, VALUES).map("=".join)), max_size=8))
     with contextlib.suppress(InputError):
-        args, checkpoint = cli.parse(make_parser(), argv, architecture)
+        args, checkpoint = utils.parse(make_parser(), argv, architecture)
         assert checkpoint is None  # there is none to be found
         assert args.epochs >= args.start_epoch >= 1
     assert not list(folder.iterdir())
@@ -82,7 +85,7 @@ def goes_on(path):
 def loaded(path):
     """The tensors and numbers of a checkpoint, or None if it is refused."""
     try:
-        return utils.load_checkpoint(path)
+        return load_checkpoint(path)
     except InputError:
         return None
 
@@ -90,7 +93,7 @@ def loaded(path):
 @fuzzed(per_second=200)
 @given(data=st.data())
 def test_damaged_bytes_are_refused_or_harmless(finished, folder, data):
-    original = (finished / utils.CHECKPOINT).read_bytes()
+    original = (finished / runs.CHECKPOINT).read_bytes()
     content = bytearray(original)
     # most of a file is weights: aim at the head and at the directory at the end, too
     ends = [(0, len(content)), (0, 2000), (len(content) - 6000, len(content))]
@@ -108,7 +111,7 @@ def test_damaged_bytes_are_refused_or_harmless(finished, folder, data):
     path = folder / "damaged.pth.tar"
     path.write_bytes(content)
     checkpoint = loaded(path)
-    assert checkpoint is None or same(checkpoint, loaded(finished / utils.CHECKPOINT))
+    assert checkpoint is None or same(checkpoint, loaded(finished / runs.CHECKPOINT))
 
 
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))
@@ -133,7 +136,7 @@ def places(value, path=()):
 @fuzzed(per_second=16)
 @given(data=st.data())
 def test_a_checkpoint_with_anything_anywhere_is_refused_or_works(finished, folder, data):
-    checkpoint = torch.load(finished / utils.CHECKPOINT, weights_only=True)
+    checkpoint = torch.load(finished / runs.CHECKPOINT, weights_only=True)
     # the names of weights are many, and one is like the other: mostly draw from the rest
     everywhere = places(checkpoint)
     others = [path for path in everywhere if path[0] not in ("state_dict", "optimizer")]
@@ -147,9 +150,9 @@ def test_a_checkpoint_with_anything_anywhere_is_refused_or_works(finished, folde
         del value[path[-1]]
     run = folder / "run"
     run.mkdir(exist_ok=True)
-    (run / utils.METRICS).write_bytes((finished / utils.METRICS).read_bytes())
-    torch.save(checkpoint, run / utils.CHECKPOINT)
-    assert goes_on(run / utils.CHECKPOINT) in (0, 2)
+    (run / runs.METRICS).write_bytes((finished / runs.METRICS).read_bytes())
+    torch.save(checkpoint, run / runs.CHECKPOINT)
+    assert goes_on(run / runs.CHECKPOINT) in (0, 2)
 
 
 @fuzzed(per_second=250)

@@ -1,6 +1,6 @@
 """Kills a training at random moments, resumes it each time, and compares its end with that of an undisturbed one.
 
-    python tests/faults.py --kills 50 --terms 20
+    python tests/robustness/faults.py --kills 50 --terms 20
 
 Two runs on digits, each disturbed many times: one by SIGKILL, saving after every step, so that many of the kills hit a
 save; one by SIGTERM in mid-epoch, saving only then and after epochs. Prints what happened; ends with status 1 if a
@@ -22,11 +22,12 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-import utils
+from aig import runs
+from aig.checkpoint import load_checkpoint
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS = 6  # of an epoch: 1437 digits in batches of 256
 AT_STARTUP = 0.1  # of the kills come before the first step
 MOST_LINES = 8  # steps until a disturbance
@@ -41,15 +42,15 @@ def check(condition: bool, what: str) -> None:
 
 def records(folder: Path) -> list[dict]:
     """All of metrics.jsonl, but for the times."""
-    lines = (folder / utils.METRICS).read_text().splitlines()
+    lines = (folder / runs.METRICS).read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def start(folder: Path, epochs: int, *more: str) -> subprocess.Popen:
     """Starts the training, or goes on with it if it has a checkpoint."""
     command = [sys.executable, str(ROOT / "train.py")]
-    if (folder / utils.CHECKPOINT).exists():
-        command += ["--resume", str(folder / utils.CHECKPOINT), "--device", "cpu"]
+    if (folder / runs.CHECKPOINT).exists():
+        command += ["--resume", str(folder / runs.CHECKPOINT), "--device", "cpu"]
     else:
         command += [*DIGITS, "--epochs", str(epochs), "--save", str(folder.parent), "--expname", folder.name]
         command += ["--overwrite", *more]
@@ -82,14 +83,14 @@ def disturb(process: subprocess.Popen, number: int, chance: random.Random) -> st
 def inspect(folder: Path) -> int:
     """Checks what a killed process has left. Returns the number of writes that were cut off."""
     loaded = {
-        name: utils.load_checkpoint(folder / name)
-        for name in (utils.CHECKPOINT, utils.BEST)
+        name: load_checkpoint(folder / name)
+        for name in (runs.CHECKPOINT, runs.BEST)
         if (folder / name).exists()
     }
-    if utils.BEST in loaded:
-        check(utils.CHECKPOINT in loaded, "there is a best model, but no checkpoint")
-        check(loaded[utils.BEST]["epoch"] <= loaded[utils.CHECKPOINT]["epoch"], "the best model is from the future")
-    epochs = [record["epoch"] for record in utils.read_records(folder)]
+    if runs.BEST in loaded:
+        check(runs.CHECKPOINT in loaded, "there is a best model, but no checkpoint")
+        check(loaded[runs.BEST]["epoch"] <= loaded[runs.CHECKPOINT]["epoch"], "the best model is from the future")
+    epochs = [record["epoch"] for record in runs.read_records(folder)]
     check(epochs == list(range(1, len(epochs) + 1)), f"the records are those of epochs {epochs}")
     return len(list(folder.glob(".*.tmp")))
 
@@ -106,8 +107,8 @@ def same(first: object, second: object) -> bool:
 def compare(folder: Path, straight: Path) -> None:
     """Checks that two finished runs are the same but for times and names."""
     check(records(folder) == records(straight), f"the records of {folder.name} differ")
-    for name in (utils.CHECKPOINT, utils.BEST):
-        states = [utils.load_checkpoint(path / name) for path in (folder, straight)]
+    for name in (runs.CHECKPOINT, runs.BEST):
+        states = [load_checkpoint(path / name) for path in (folder, straight)]
         for state in states:
             del state["args"], state["seconds"]
         check(same(*states), f"{name} of {folder.name} differs")
@@ -125,7 +126,7 @@ def torment(kind: signal.Signals, times: int, seed: int, root: Path) -> str:
     folder.mkdir()
     where, cut_off, fresh = Counter(), 0, 0
     for _ in range(times):
-        fresh += not (folder / utils.CHECKPOINT).exists()
+        fresh += not (folder / runs.CHECKPOINT).exists()
         process = start(folder, epochs, *more)
         where[disturb(process, kind, chance)] += 1
         _, err = process.communicate()

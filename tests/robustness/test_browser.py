@@ -11,12 +11,13 @@ import pytest
 
 pytest.importorskip("visdom", reason="visdom is not installed")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-from test_dashboard import TINY, WINDOWS, Server, pytestmark  # noqa: E402, F401
+from test_dashboard import TINY, WINDOWS, Server  # noqa: E402
 
-import dashboard  # noqa: E402
 import train  # noqa: E402
+from aig import dashboard, runs  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.slow]
+ROOT = Path(__file__).parent.parent.parent
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
 PLOTS = len(WINDOWS) - 1  # all but the text
 
@@ -55,10 +56,9 @@ def test_the_page_shows_every_window_without_errors(run, tmp_path):
             browser.close()
         assert errors == []
         assert "best top-1" in text
-        records = dashboard.utils.read_records(tmp_path / "seen")
-        run_args = dashboard.utils.read_json(tmp_path / "seen" / "args.json")
-        shown = dashboard.panes("seen", records, run_args, None)
-        assert curves == sum(len(pane.traces) for pane in shown.values() if isinstance(pane, dashboard.Lines))
+        shown = dashboard.windows_in(tmp_path / "seen", runs.read_records(tmp_path / "seen"))
+        traces = [trace for window in shown.values() for trace in window["data"]]
+        assert curves == sum(trace["type"] == "scatter" for trace in traces)
         assert screenshot.stat().st_size > 10_000
     finally:
         server.kill()

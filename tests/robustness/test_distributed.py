@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,17 +16,19 @@ import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn
 
-import engine
-import inference
-import processes
 import train
-import utils
+from aig import distributed, engine, inference, runs
+from aig.checkpoint import load_checkpoint
+from aig.data import SmallImageLoader, SmallImages
+from aig.evaluation import evaluate
+from aig.losses import Objective, target_rate_loss
+from aig.state import State
 from convnet_aig import BasicBlock, ResNet_cifar, draw_noise
-from data import SmallImageLoader, SmallImages
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent.parent
 RATES = [0.7, 0.5, 0.6]
-RECIPE = engine.Recipe(target_rates=RATES, lossfact=2, lr=0.1, milestones=(), epochs=1, seed=1)
 DIGITS = ["--dataset", "digits", "--depth", "8", "--batch-size", "256", "--target", "0.7", "--device", "cpu"]
 
 
@@ -57,18 +58,33 @@ class Doubles(SmallImageLoader):
         return ((images.double(), labels) for images, labels in super().batches(epoch, start))
 
 
-def step(count, accumulate, lossfact):
+def take_step(model, images, labels, count, *, parts=1, lossfact=2, lr=0.0, scaler=None, dtype=None):
+    """One step as `fit` takes it; returns its sums. `parts`: of the batch of `count` images in all processes."""
+    world = distributed.world()
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    network, _ = distributed.wrap(model, world, sync_bn=False, compile=False)
+    objective = Objective(RATES, lossfact, (1,), world=world)
+    state = State(model, torch.optim.SGD(model.parameters(), lr), scaler, 1, world)
+    noise = draw_noise(model.num_gates, count, images)[:, world.shard(count)]
+    for x, y, g in engine.split(network, images, labels, noise, parts):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits, gates = network(x, noise=g)
+        loss, sums = objective(logits, y, gates, count)
+        scaler.scale(loss).backward()
+        state.add(sums)
+    scaler.step(state.optimizer)
+    return state.sums
+
+
+def step(count, parts, lossfact):
     """Sums and gradients of one step on the first `count` digits, with BatchNorm at its running statistics."""
-    model, world = network().train(), processes.world()
+    model, world = network().train(), distributed.world()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval()
-    optimizer = torch.optim.SGD(model.parameters(), 0.0)
-    recipe = replace(RECIPE, accumulate=accumulate, lossfact=lossfact)
-    trainer = engine.Trainer(model, optimizer, recipe, world=world)
     images, labels = next(Doubles(digits(), count, ([0.5] * 3, [0.5] * 3), world=world).batches())
     torch.manual_seed(5)
-    sums = trainer.step(images, labels, count)
+    sums = take_step(model, images, labels, count, parts=parts, lossfact=lossfact)
     return sums, {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
@@ -76,41 +92,41 @@ def evaluation(mode):
     """The record of all digits, in batches of 100."""
     model = network()
     model.gate_mode = mode
-    loader = Doubles(digits(), 100, ([0.5] * 3, [0.5] * 3), world=processes.world())
-    settings = {"target_rates": RATES, "lossfact": 2, "topk": (1, 5), "seed": 3, "cost": inference.macs(model, 8)}
-    return engine.evaluate(model, loader, **settings)
+    loader = Doubles(digits(), 100, ([0.5] * 3, [0.5] * 3), world=distributed.world())
+    objective = Objective(RATES, 2, (1, 5), world=distributed.world())
+    return evaluate(model, loader, objective, 3, cost=inference.count_macs(model, 8))
 
 
 def settled():
     """BatchNorm statistics after each process has put its rank into them."""
     model = network()
-    trainer = engine.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, world=processes.world())
+    world = distributed.world()
     with torch.no_grad():
-        model.bn1.running_mean.fill_(trainer.world.rank)
-    trainer.settle()
+        model.bn1.running_mean.fill_(world.rank)
+    distributed.average_batchnorm(model, world)
     return model.bn1.running_mean.tolist()
 
 
 def half_precision():
     """Gradients of a step in float16, which all processes must share."""
-    model, world = network().float().train(), processes.world()
-    trainer = engine.Trainer(model, torch.optim.SGD(model.parameters(), 0.1), RECIPE, amp=torch.float16, world=world)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # at the usual one the first steps are left out
+    model, world = network().float().train(), distributed.world()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)  # at the usual one the first steps are left out
     loader = SmallImageLoader(digits(), 16, ([0.5] * 3, [0.5] * 3), world=world)
-    trainer.step(*next(loader.batches()), 16)
+    torch.manual_seed(5)
+    take_step(model, *next(loader.batches()), 16, lr=0.1, scaler=scaler, dtype=torch.float16)
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def order():
-    """Whether this process leads, and how long after the end of the leader's turn it entered the block, in ms."""
-    world, left = processes.world(), 0
-    with world.leader_first():
+    """Whether this is the main process, and how long after the end of its turn this one entered the block, in ms."""
+    world, left = distributed.world(), 0
+    with world.main_first():
         entered = 1000 * time.time()
-        if world.leads:
+        if world.is_main:
             time.sleep(0.2)
             left = int(1000 * time.time())
-    (left,) = world.agree(left)
-    return world.leads, entered - left
+    (left,) = world.all_max(left)
+    return world.is_main, entered - left
 
 
 STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0)]  # images, parts, weight of the target-rate loss
@@ -125,7 +141,7 @@ TASKS = {
 
 
 def work(rank, size, folder):
-    """Does all the tasks as one of several processes."""
+    """Does all the tasks as one of several distributed."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     torch.save({name: function(*arguments) for name, (function, *arguments) in TASKS.items()}, f"{folder}/{rank}.pt")
@@ -146,9 +162,9 @@ def done(request, tmp_path_factory):
 def torchrun(count, script, *arguments, **options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     command += [str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, **options
     )
 
 
@@ -172,7 +188,7 @@ def test_processes_take_the_step_of_one(done, count, accumulate, lossfact):
 
 
 def test_parts_in_processes_hold_the_rates_of_all_their_images(done):
-    """13 images in two parts: a part consists of a part of every process's share."""
+    """13 images in two parts: a part consists of a part of every process's shard."""
     model = network().train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -180,11 +196,11 @@ def test_parts_in_processes_hold_the_rates_of_all_their_images(done):
     images, labels = next(Doubles(digits(), 13, ([0.5] * 3, [0.5] * 3)).batches())
     torch.manual_seed(5)
     noise = draw_noise(3, 13, images)
-    shares = [torch.arange(13)[processes.World(rank, len(done)).share(13)] for rank in range(len(done))]
-    for chosen in (torch.cat(part) for part in zip(*(share.tensor_split(2) for share in shares), strict=True)):
+    shards = [torch.arange(13)[distributed.World(rank, len(done)).shard(13)] for rank in range(len(done))]
+    for chosen in (torch.cat(part) for part in zip(*(shard.tensor_split(2) for shard in shards), strict=True)):
         logits, gates = model(images[chosen], noise=noise[:, chosen])
         rates = torch.stack(gates, 1).mean(0)
-        loss_target = 2 * engine.target_rate_loss(rates, torch.tensor(RATES))
+        loss_target = 2 * target_rate_loss(rates, torch.tensor(RATES, dtype=torch.float64))
         ((nn.functional.cross_entropy(logits, labels[chosen]) + loss_target) * len(chosen) / 13).backward()
     for _, gradients in (results["parts"] for results in done):
         for name, parameter in model.named_parameters():
@@ -217,23 +233,23 @@ def test_batch_norm_statistics_become_those_of_all_processes(done):
     assert [results["settled"] for results in done] == [[(len(done) - 1) / 2] * 16] * len(done)
 
 
-def test_the_leader_goes_first_and_the_others_wait(done):
-    for leads, after in (results["order"] for results in done):
-        assert after < 0 if leads else after >= 0
+def test_the_main_process_goes_first_and_the_others_wait(done):
+    for is_main, after in (results["order"] for results in done):
+        assert after < 0 if is_main else after >= 0
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 256])
-def test_shares_are_those_of_tensor_split(count):
+def test_shards_are_those_of_tensor_split(count):
     items = torch.arange(count)
-    shares = [items[processes.World(rank, 3).share(count)] for rank in range(3)]
-    for share, expected in zip(shares, items.tensor_split(3), strict=True):
-        assert torch.equal(share, expected)
+    shards = [items[distributed.World(rank, 3).shard(count)] for rank in range(3)]
+    for shard, expected in zip(shards, items.tensor_split(3), strict=True):
+        assert torch.equal(shard, expected)
 
 
 @pytest.mark.parametrize(("count", "kept"), [(32, 32), (33, 32), (35, 32), (36, 36)])
 def test_a_last_batch_that_gives_a_process_less_than_two_images_is_left_out(count, kept):
     images = SmallImages(torch.zeros(count, 8, 8, 3, dtype=torch.uint8), torch.zeros(count).long(), ["a"])
-    world = processes.World(1, 2)
+    world = distributed.World(1, 2)
     loader = SmallImageLoader(images, 16, ([0.5] * 3, [0.5] * 3), augment="crop", world=world)
     assert loader.num_images == kept
     assert min(len(labels) for _, labels in loader.batches(1)) >= 2
@@ -242,7 +258,7 @@ def test_a_last_batch_that_gives_a_process_less_than_two_images_is_left_out(coun
 def test_augmentation_does_not_depend_on_the_number_of_processes():
     shapes = ([0.5] * 3, [0.5] * 3)
     whole = next(SmallImageLoader(digits(), 64, shapes, augment="crop+flip", seed=1).batches(2))
-    worlds = [processes.World(rank, 3) for rank in range(3)]
+    worlds = [distributed.World(rank, 3) for rank in range(3)]
     parts = [
         next(SmallImageLoader(digits(), 64, shapes, augment="crop+flip", seed=1, world=world).batches(2))
         for world in worlds
@@ -257,20 +273,20 @@ def test_a_run_goes_on_with_another_number_of_processes(run, tmp_path):
     assert (status, err) == (0, "")
     folder = tmp_path / "run"
     assert out.count("epoch 1/3") == 1  # one process prints
-    assert json.loads((folder / utils.ARGS).read_text())["processes"] == 2
-    resume = ["--resume", folder / utils.CHECKPOINT, "--device", "cpu", "--stop-after", 1]
+    assert json.loads((folder / runs.ARGS).read_text())["processes"] == 2
+    resume = ["--resume", folder / runs.CHECKPOINT, "--device", "cpu", "--stop-after", 1]
     status, out, err = run(train.main, *resume)
     assert (status, err) == (0, "")
     status, out, err = finish(torchrun(3, "train.py", *resume))
     assert (status, err) == (0, "")
-    assert [record["epoch"] for record in utils.read_records(folder)] == [1, 2, 3]
-    assert utils.read_records(folder)[2]["train"]["loss"] < utils.read_records(folder)[0]["train"]["loss"]
-    test = ["--test", "--resume", folder / utils.BEST, "--device", "cpu"]
+    assert [record["epoch"] for record in runs.read_records(folder)] == [1, 2, 3]
+    assert runs.read_records(folder)[2]["train"]["loss"] < runs.read_records(folder)[0]["train"]["loss"]
+    test = ["--test", "--resume", folder / runs.BEST, "--device", "cpu"]
     results = []
     for start in (lambda: run(train.main, *test), lambda: finish(torchrun(2, "train.py", *test))):
         status, out, err = start()
         assert (status, err) == (0, "")
-        results.append(json.loads((folder / utils.TEST).read_text())["argmax"])
+        results.append(json.loads((folder / runs.TEST).read_text())["argmax"])
     for name in ("top1", "gates", "classes", "executed_blocks", "macs_mean", "macs_quantiles", "macs_classes"):
         assert results[0][name] == results[1][name]
 
@@ -284,13 +300,13 @@ def test_a_signal_stops_all_processes_at_one_step_and_the_run_goes_on_from_there
     status, _, err = finish(process)
     assert status != 0
     assert len(re.findall("^train.py: SIGTERM: stopped in epoch", err, re.M)) == 1
-    checkpoint = tmp_path / "stopped" / utils.CHECKPOINT
-    stopped = utils.load_checkpoint(checkpoint)
+    checkpoint = tmp_path / "stopped" / runs.CHECKPOINT
+    stopped = load_checkpoint(checkpoint)
     assert stopped["step"] > 0
     resume = ["--resume", checkpoint, "--device", "cpu", "--stop-after", 1]
     assert finish(torchrun(2, "train.py", *resume))[0] == 0
     assert finish(torchrun(2, "train.py", *run, "straight", "--stop-after", stopped["epoch"]))[0] == 0
-    first, second = (utils.load_checkpoint(tmp_path / name / utils.CHECKPOINT) for name in ("straight", "stopped"))
+    first, second = (load_checkpoint(tmp_path / name / runs.CHECKPOINT) for name in ("straight", "stopped"))
     for name, value in first["state_dict"].items():  # averaging once more rounds the running statistics
         torch.testing.assert_close(second["state_dict"][name], value, rtol=0, atol=1e-6 if "running" in name else 0)
 
@@ -310,7 +326,7 @@ def test_a_signal_to_processes_with_workers_saves_too(photos, tmp_path):
     _, _, err = finish(process)
     assert len(re.findall("^train_img.py: SIGTERM: stopped in epoch", err, re.M)) == 1
     assert "DataLoader worker" not in err
-    assert utils.load_checkpoint(tmp_path / "run" / utils.CHECKPOINT)["seen"] >= 0
+    assert load_checkpoint(tmp_path / "run" / runs.CHECKPOINT)["seen"] >= 0
 
 
 def test_an_error_in_one_process_ends_the_job_with_its_one_line(photos, tmp_path):
@@ -324,13 +340,13 @@ def test_an_error_in_one_process_ends_the_job_with_its_one_line(photos, tmp_path
     assert len(re.findall("^train_img.py: error: cannot read the image .*2.png", ours, re.M)) == 1
     assert "exitcode  : 2" in err
     assert "engine.py" not in err
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [runs.LOG]  # why it ended, and no run
 
 
 def test_a_loss_that_is_not_finite_is_reported_once_with_the_last_checkpoint(run, tmp_path):
     first = [*DIGITS, "--epochs", 2, "--stop-after", 1, "--save", tmp_path, "--expname", "run"]
     assert run(train.main, *first)[0] == 0
-    checkpoint = tmp_path / "run" / utils.CHECKPOINT
+    checkpoint = tmp_path / "run" / runs.CHECKPOINT
     status, _, err = finish(torchrun(2, "train.py", "--resume", checkpoint, "--device", "cpu", "--lr", 1e30))
     assert status == 1
     (line,) = re.findall("^train.py: .*not finite.*$", err, re.M)

@@ -13,7 +13,10 @@ from PIL import Image
 
 import train
 import train_img
-import utils
+from aig import runs
+from aig.checkpoint import MSDOS_FOLDER
+
+pytestmark = pytest.mark.slow
 
 DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--epochs", 1, "--target", 0.7, "--device", "cpu"]
 
@@ -23,7 +26,7 @@ class Place:
 
     def __init__(self, root):
         self.root, self.run, self.photos = root, root / "run", root / "photos"
-        self.checkpoint = (self.run / utils.CHECKPOINT).read_bytes()
+        self.checkpoint = (self.run / runs.CHECKPOINT).read_bytes()
 
     def file(self, content):
         """A file of these bytes, or of what torch.save makes of another value."""
@@ -82,7 +85,7 @@ class Place:
         """The checkpoint with its first record called a folder in the directory at the end."""
         content = bytearray(self.checkpoint)
         with zipfile.ZipFile(io.BytesIO(self.checkpoint)) as archive:
-            content[archive.start_dir + 38] |= utils.MSDOS_FOLDER
+            content[archive.start_dir + 38] |= MSDOS_FOLDER
         return self.file(bytes(content))
 
 
@@ -142,7 +145,7 @@ ARGUMENTS = """
     --visdom-env x | --start-epoch 5 | --start-epoch 0 | --milestones -1 | --milestones x | --val-size -1
     --val-size 1500 | --val-size 1436 | --amp int8 | --amp | --checkpoint-minutes 0 | --checkpoint-minutes nan
     --dataset nix | --dataset folder --data missing | --stop-after 0 | --print-freq 0 | --log-interval 0
-    --save run/metrics.jsonl | --resume missing | --resume run | --expname run --save . | --test --resume missing
+    --save run/metrics.jsonl | --resume missing | --resume photos | --expname run --save . | --test --resume missing
     --resume run/checkpoint.pth.tar --depth 14 | --test --resume run/args.json
     --test --visdom --resume run/model_best.pth.tar | --resume run/checkpoint.pth.tar --expname other
     --test --dataset folder --data photos --resume run/model_best.pth.tar

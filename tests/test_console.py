@@ -1,0 +1,168 @@
+"""What a command says and how it ends."""
+
+import argparse
+import logging
+import math
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from aig import console
+from aig.console import InputError, Interrupted, Parser, Signals, TrainingError, number
+
+# ---------------------------------------------------------------------------------------------- flags
+
+
+@pytest.mark.parametrize(
+    ("kind", "limits", "text", "message"),
+    [
+        (int, {}, "x", "'x' is not an int"),
+        (float, {}, "x", "'x' is not a float"),
+        (int, {}, "2.5", "is not an int"),
+        (int, {"low": 1}, "0", "0 must be at least 1"),
+        (float, {"above": 0}, "0", "0 must be above 0"),
+        (float, {"above": 0, "below": 1}, "1", "above 0 and below 1"),
+        (float, {"low": 0, "high": 1}, "1.5", "at least 0 and at most 1"),
+        (float, {}, "inf", "must be finite"),
+        (float, {"low": 0}, "nan", "must be at least 0"),
+        (float, {}, "nan", "must be finite"),
+    ],
+)
+def test_a_number_out_of_bounds_is_an_error_that_names_the_bounds(kind, limits, text, message):
+    with pytest.raises(argparse.ArgumentTypeError, match=message):
+        number(kind, **limits)(text)
+
+
+def test_a_number_within_its_bounds_is_taken():
+    assert number(int, 1, 3)("3") == 3
+    assert number(float, above=0, below=1)("0.25") == 0.25
+    assert number(float)("-1e300") == -1e300
+
+
+@pytest.mark.parametrize("text", ["", ".", "..", "a/b", "/a", "a/", "n" * 201])
+def test_a_name_with_a_path_is_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="name of a folder"):
+        console.experiment_name(text)
+
+
+def test_a_name_is_taken_as_it_is():
+    assert console.experiment_name("run-1 ü") == "run-1 ü"
+
+
+@pytest.fixture
+def parser():
+    parser = Parser(description="A test.")
+    parser.add_argument("--rate", type=number(float), default=0.5, help="how fast")
+    parser.add_argument("--name", default="", help="of it")
+    parser.add_argument("--depth", type=number(int), help="blocks (default: many)")
+    parser.add_argument("--fast", action=argparse.BooleanOptionalAction, default=False, help="be fast")
+    parser.add_argument("--steps", type=number(int), nargs="*", help="when")
+    parser.add_argument("data", nargs="?", help="where")
+    return parser
+
+
+def test_errors_of_flags_are_input_errors(parser):
+    for argv in (["--rate", "x"], ["--unknown"], ["--rate"], ["a", "b"], ["--steps=--"]):
+        with pytest.raises(InputError, match=r"\(see --help\)"):
+            parser.parse_args(argv)
+
+
+def test_the_flags_given_are_those_on_the_command_line(parser):
+    assert parser.given([]) == {}
+    assert parser.given(["--rate", "0.5", "--no-fast", "there"]) == {"rate": 0.5, "fast": False, "data": "there"}
+    assert parser.given(["--steps"]) == {"steps": []}
+    assert parser.flags.keys() == {"rate", "name", "depth", "fast", "steps", "data"}
+
+
+def test_help_gives_the_defaults_that_say_something(parser):
+    text = " ".join(parser.format_help().split())
+    assert "how fast (default: 0.5)" in text
+    assert text.count("(default:") == 2  # not of an empty one, one that is off, or one that is there already
+
+
+# ---------------------------------------------------------------------------------------------- signals
+
+
+def test_the_first_signal_is_noted_and_the_next_acts_as_usual():
+    with Signals() as signals:
+        assert signals.received == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_in_another_thread_nothing_is_handled():
+    seen = []
+
+    def work():
+        with Signals():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [signal.SIG_DFL]
+
+
+# ---------------------------------------------------------------------------------------------- printing
+
+
+def test_what_is_said_is_printed_and_waits_for_a_log(capsys):
+    console.history.buffer.clear()
+    console.say("hello")
+    console.warn("careful")
+    assert capsys.readouterr() == ("hello\n", "careful\n")
+    kept = [(record.levelno, record.getMessage()) for record in console.history.buffer]
+    assert kept == [(logging.INFO, "hello"), (logging.WARNING, "careful")]
+
+
+def test_a_bar_is_silent_without_a_terminal(capsys):
+    with console.progress_bar(range(3), "counting", 3, "number") as bar:
+        assert list(bar) == [0, 1, 2]
+        assert bar.disable
+    assert capsys.readouterr() == ("", "")
+
+
+# ---------------------------------------------------------------------------------------------- how a command ends
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (None, 0, ""),
+        (InputError("no such\n  folder"), 2, "script: error: no such folder\n"),
+        (TrainingError("not finite"), 1, "script: not finite\n"),
+        (Interrupted(signal.SIGTERM, "stopped in epoch 1"), 143, "script: SIGTERM: stopped in epoch 1\n"),
+        (Interrupted(signal.SIGUSR1, "stopped"), 128 + signal.SIGUSR1, "script: SIGUSR1: stopped\n"),
+        (KeyboardInterrupt(), 130, "script: interrupted; what was finished before is saved\n"),
+    ],
+)
+def test_a_command_ends_with_its_status_and_one_line(run, error, status, line):
+    def main(argv):
+        if error:
+            raise error
+
+    assert run(main) == (status, "", line)
+
+
+def test_what_nobody_expected_keeps_its_traceback():
+    def main():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        console.run_command(main, "script")
+
+
+def test_the_command_line_is_recorded_as_typed(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/train.py", "--expname", "two words"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # else that of `python -m pytest`
+    assert console.command() == "train.py --expname 'two words'"
+
+
+def test_infinite_bounds_are_no_bounds():
+    assert number(float, -math.inf, math.inf)("7") == 7

@@ -1,0 +1,215 @@
+"""Evaluation and `--test`: statistics of images and gates, each against a count image by image."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from steps import PIXELS, RATES, small_loader, small_net
+from torch import nn
+
+from aig import evaluation, inference
+from aig.data import SmallImageLoader, SmallImages
+from aig.environment import derive_seed
+from aig.losses import Objective
+from convnet_aig import GATE_MODES, BasicBlock, ResNet_cifar
+
+OBJECTIVE = Objective(RATES, 2, topk=(1, 2))
+
+
+@pytest.fixture
+def model():
+    return small_net().eval()
+
+
+@pytest.fixture
+def loader():
+    return small_loader(50)
+
+
+def result_of(model, loader, **more):
+    """What `--test` measures, without its time."""
+    result = evaluation.measure(model, loader, OBJECTIVE, **more)
+    assert result.pop("images_per_second") > 0
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("mode", GATE_MODES)
+def test_evaluation_statistics_equal_a_count_image_by_image(model, loader, mode):
+    model.gate_mode = mode
+    record = evaluation.evaluate(model, loader, OBJECTIVE, seed=7)
+
+    torch.manual_seed(7)
+    with torch.no_grad():
+        outputs = [(model(x), y) for x, y in loader.batches()]
+    logits = torch.cat([output[0] for output, _ in outputs])
+    z = torch.cat([torch.stack(output[1], 1) for output, _ in outputs]).double()
+    labels = torch.cat([y for _, y in outputs])
+    run = torch.ones_like(z) if mode in ("expected", "all") else z
+
+    assert record["gates"] == pytest.approx(z.mean(0).tolist())
+    assert record["execution_rate"] == pytest.approx(run.mean().item())
+    assert record["executed_blocks"] == [int((run.sum(1) == n).sum()) for n in range(4)]
+    for k, name in enumerate("abc"):
+        assert record["gates_by_class"][k] == pytest.approx(z[labels == k].mean(0).tolist())
+        assert record["classes"][name] == pytest.approx(z[labels == k].mean().item())
+    assert math.isnan(record["classes"]["empty"])
+    assert record["top1"] == pytest.approx(100 * (logits.argmax(1) == labels).double().mean().item())
+    ranks = (logits > logits.gather(1, labels[:, None])).sum(1)
+    assert record["top2"] == pytest.approx(100 * (ranks < 2).double().mean().item())
+    assert record["loss_classify"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-5)
+    expected = 2 * sum((t - r) ** 2 for t, r in zip(RATES, z.mean(0).tolist(), strict=True)) / 3
+    assert record["loss_target"] == pytest.approx(expected)
+    assert record["loss"] == pytest.approx(record["loss_classify"] + record["loss_target"])
+
+
+def test_each_batch_of_the_evaluation_may_stop_it(model, loader):
+    calls = []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(model, loader, OBJECTIVE, 1, each_batch=stop)
+    assert len(calls) == 3
+
+
+def test_predictions_are_of_every_image_once_and_without_a_gradient(model, loader):
+    images, labels, logits, z = map(torch.cat, zip(*evaluation.predictions(model, loader, 1), strict=True))
+    assert torch.equal(images, torch.cat([x for x, _ in loader.batches()]))
+    assert torch.equal(labels, loader.labels)
+    assert (logits.shape, z.shape) == ((50, 4), (50, 3))
+    assert not logits.requires_grad
+    assert not z.requires_grad
+
+
+# ---------------------------------------------------------------------------------------------- --test
+
+
+def test_repeated_tests_agree_and_samples_report_their_spread(model, loader):
+    first, second = (result_of(model, loader, samples=4) for _ in range(2))
+    np.testing.assert_equal(first, second)  # equal NaNs of the class without images included
+    assert "top1_std" not in first
+    model.gate_mode = "sample"
+    sampled = result_of(model, loader, samples=4)
+    seeds = [derive_seed(1, "test", sample) for sample in range(4)]
+    each = [evaluation.evaluate(model, loader, OBJECTIVE, seed)["execution_rate"] for seed in seeds]
+    assert len(set(each)) > 1
+    assert sampled["execution_rate"] == pytest.approx(np.mean(each))
+    assert sampled["execution_rate_std"] == pytest.approx(np.std(each, ddof=1))
+    assert result_of(model, loader, samples=4, seed=2)["gates"] != sampled["gates"]
+    assert result_of(model, loader, samples=1)["top1_std"] is None
+
+
+@pytest.mark.parametrize("mode", ["argmax", "all"])
+def test_the_computation_of_a_test_is_counted_image_by_image(model, loader, mode):
+    model.gate_mode = mode
+    skipping, dense = (result_of(model, loader, dense=dense) for dense in (False, True))
+    cost = inference.count_macs(model, 8)
+    by_image, labels = [], []
+    for images, y in loader.batches():
+        z = torch.stack(model(images)[1], 1).detach()
+        by_image += cost.executed(z, gates=mode != "all").tolist()
+        labels += y.tolist()
+    by_image, labels = np.array(by_image), np.array(labels)
+    assert skipping["macs_mean"] == pytest.approx(by_image.mean())
+    assert skipping["macs_fraction"] == pytest.approx(by_image.mean() / cost.dense)
+    assert skipping["macs_dense"] == cost.dense
+    assert skipping["macs_paper"] == pytest.approx(cost.dense * skipping["execution_rate"])
+    for quantile, value in skipping["macs_quantiles"].items():
+        assert value == pytest.approx(np.quantile(by_image, float(quantile)))
+    for k, name in enumerate(loader.classes[:3]):
+        assert skipping["macs_classes"][name] == pytest.approx(by_image[labels == k].mean())
+    assert (skipping["skipping"], dense["skipping"]) == (mode == "argmax", False)
+    for name in ("macs_mean", "macs_quantiles", "executed_blocks", "gates", "top1"):
+        assert skipping[name] == dense[name]
+    assert skipping["loss"] == pytest.approx(dense["loss"], rel=1e-5)
+
+
+def test_results_of_several_seeds_are_averaged_number_by_number():
+    results = [{"top1": 1.0, "gates": [0.0, 1.0], "of": {"a": 2}}, {"top1": 2.0, "gates": [1.0, 1.0], "of": {"a": 4}}]
+    assert evaluation.mean_of(results) == {"top1": 1.5, "gates": [0.5, 1.0], "of": {"a": 3}}
+    assert evaluation.mean_of(results[:1]) is results[0]
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def table(model, loader, mode="argmax", **more):
+    model.gate_mode = mode
+    result = evaluation.measure(model, loader, OBJECTIVE, samples=2, **more)
+    return result, evaluation.describe(result, mode, RATES)
+
+
+def test_the_table_gives_the_numbers_of_the_result(model, loader):
+    result, text = table(model, loader)
+    assert text.startswith("gate mode argmax at threshold 0.5, closed branches skipped: 50 images, ")
+    for name in ("top1", "top2"):
+        assert f"  {name:<15}{result[name]:9.2f} %\n" in text
+    terms = f"{result['loss_classify']:.4f} classify + {result['loss_target']:.4f} target"
+    assert f"{result['loss']:9.4f}  ({terms})" in text
+    assert f"{result['execution_rate']:9.4f}  (target 0.6000)" in text
+    assert f"MMACs an image {result['macs_mean'] / 1e6:9.2f}  ({result['macs_fraction']:.4f} of the dense net's" in text
+    blocks = zip(result["gates"], RATES, strict=True)
+    assert "  ".join(f"{n:3} {rate:.2f} ({target:.2f})" for n, (rate, target) in enumerate(blocks, start=1)) in text
+    shares = [line.split() for line in text.split("fewest first (3 of 3)\n")[1].splitlines()]
+    assert [float(share) for _, share, _ in shares] == sorted(float(share) for _, share, _ in shares)
+    for name, share, bar in shares:
+        assert share == f"{result['classes'][name]:.3f}"
+        assert len(bar) == round(40 * result["classes"][name])
+
+
+def test_the_table_says_how_it_was_computed(model, loader):
+    assert "closed branches computed and masked" in table(model, loader, dense=True)[1]
+    assert "if closed branches were skipped" in table(model, loader, dense=True)[1]
+    assert "gate mode all, which runs every branch" in table(model, loader, "all")[1]
+    result, text = table(model, loader, "sample")
+    assert f"{result['top1']:9.2f} % ± {result['top1_std']:.2f}\n" in text
+    assert f"{result['loss']:9.4f} ± {result['loss_std']:.4f}  (" in text
+    assert "threshold" not in text
+
+
+def test_of_many_classes_the_table_shows_the_ends(model):
+    result, _ = table(model, small_loader(50))
+    result["classes"] = {f"class {k}": k / 100 for k in range(60)}
+    text = evaluation.describe(result, "argmax", RATES)
+    assert "fewest first (20 of 60)" in text
+    assert [f"class {k} " in text for k in (0, 9, 10, 49, 50, 59)] == [True, True, False, False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------- BatchNorm anew
+
+
+def test_reestimated_statistics_are_those_of_the_images_in_the_gate_mode():
+    torch.manual_seed(0)
+    model = ResNet_cifar(BasicBlock, (1, 1, 1), 4)
+    model.gate_mode = "all"
+    images = SmallImages(torch.randint(0, 256, (64, 8, 8, 3), dtype=torch.uint8), torch.zeros(64).long(), ["a"])
+    loader = SmallImageLoader(images, 32, PIXELS)
+    inputs = torch.cat([batch for batch, _ in loader.batches()])
+    model(inputs)
+    evaluation.reestimate_batchnorm(model, loader, seed=0)
+    assert {norm.momentum for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)} == {0.1}
+    assert not any(module.training for module in model.modules())
+    first = model.conv1(inputs)
+    torch.testing.assert_close(model.bn1.running_mean, first.mean((0, 2, 3)))
+    by_batch = torch.stack([part.var((0, 2, 3)) for part in first.split(32)])
+    torch.testing.assert_close(model.bn1.running_var, by_batch.mean(0))
+    assert next(model.blocks()).fc1bn.num_batches_tracked == 0  # mode "all" does not ask the gates
+
+
+def test_a_network_that_is_not_finite_is_tested_to_the_end(loader):
+    """Its gates are NaN, which is no number of executed blocks."""
+    broken = small_net()
+    with torch.no_grad():
+        broken.conv1.weight.fill_(math.nan)
+    broken.gate_mode = "sample"
+    result = evaluation.measure(broken.eval(), loader, Objective(RATES, 2), samples=2, dense=True)
+    assert math.isnan(result["loss"])
+    assert sum(result["executed_blocks"]) == loader.num_images

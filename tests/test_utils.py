@@ -1,0 +1,370 @@
+"""From flags to values: what of the command line reaches the loop, and what a resumed run takes over."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from steps import small_net
+
+import train
+import train_img
+import utils
+from aig import runs
+from aig.checkpoint import CHECKPOINT, load_checkpoint
+from aig.console import InputError
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--target", 0.7, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run folder of one epoch with flags of its own."""
+    save = tmp_path_factory.mktemp("runs")
+    flags = [*DIGITS, "--epochs", 2, "--stop-after", 1, "--batch-size", 32, "--train-size", 96]
+    flags += ["--save", save, "--expname", "run"]
+    train.main([str(flag) for flag in [*flags, "--no-channels-last", "--fused", "--amp", "fp16"]])
+    return save / "run"
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """What `fit` was called with, instead of a training."""
+    calls = []
+
+    def fit(state, loader, val, recipe, run, board):
+        calls.append((state, recipe))
+
+    monkeypatch.setattr(utils, "fit", fit)
+    return calls
+
+
+def resume_altered(folder, into, **args):
+    """A copy of a run's checkpoint that records other flags."""
+    checkpoint = load_checkpoint(folder / CHECKPOINT)
+    checkpoint["args"].update(args)
+    into.mkdir()
+    torch.save(checkpoint, into / CHECKPOINT)
+    return into / CHECKPOINT
+
+
+# ---------------------------------------------------------------------------------------------- flags to values
+
+
+def values(script, *argv, classes=10):
+    """The recipe of a command line."""
+    args = script.make_parser().parse_args([str(value) for value in argv])
+    rates = () if script is train else (train_img.block_rates(args),)
+    model = script.make_model(args, classes, *rates)
+    topk = (1,) if script is train else (1, 5)
+    return utils.make_recipe(args, model, classes, milestones=(3,), topk=topk, gate_layers=("fc2",))
+
+
+def test_every_attribute_of_a_recipe_is_a_flag_or_derived_from_some():
+    recipe = values(train, *DIGITS[2:], "--lr", 0.3, "--target-warmup", 4, "--temperature", 2, "--seed", 9,
+                    "--epochs", 8, "--lrfact", 5, "--amp", "bf16", "--print-freq", 7, "--sync-bn", "--compile")
+    assert recipe == replace(
+        recipe, target_rates=[0.7] * 3, lossfact=2, lr=0.3, milestones=(3,), epochs=8, last=8, seed=9, topk=[1],
+        momentum=0.9, weight_decay=5e-4, lrfact=5, gate_layers=("fc2",), fused=None, warmup=0, target_warmup=4,
+        temperature=2, accumulate=1, amp="bf16", compile=True, channels_last=True, sync_bn=True, print_freq=7,
+        log_interval=20,
+    )
+    photographs = values(train_img, "--warmup", 2, "--accumulate", 3, "--target-rates", "paper", "--target", 0.4)
+    assert (photographs.warmup, photographs.accumulate, photographs.weight_decay) == (2, 3, 1e-4)
+    assert photographs.target_rates[:4] == [1, 1, 0.8, 1]
+
+
+@pytest.mark.parametrize(("classes", "topk"), [(1000, [1, 5]), (6, [1, 5]), (5, [1]), (2, [1]), (1, [1])])
+def test_top_5_is_left_out_where_there_are_fewer_than_six_classes(classes, topk):
+    assert values(train_img, classes=classes).topk == topk
+
+
+def test_stopping_early_ends_the_run_and_not_the_schedule():
+    recipe = values(train, "--epochs", 10, "--start-epoch", 4, "--stop-after", 3)
+    assert (recipe.epochs, recipe.last) == (10, 6)
+    assert values(train, "--epochs", 5, "--start-epoch", 4, "--stop-after", 3).last == 5
+
+
+def test_flags_of_speed_reach_the_loop_and_are_taken_over(run, trained, fitted, tmp_path):
+    checkpoint = resume_altered(trained, tmp_path / "copy")
+    assert run(train.main, "--resume", checkpoint, "--device", "cpu")[0] == 0
+    ((state, recipe),) = fitted
+    assert (recipe.channels_last, recipe.amp, recipe.fused) == (False, "fp16", True)
+    assert state.optimizer.param_groups[0]["fused"] is True
+    assert state.model.layer1[0].conv1.weight.is_contiguous()
+    assert state.scaler.is_enabled()
+    assert state.scaler.state_dict()["_growth_tracker"] == 3  # steps, none of them left out
+    assert run(train.main, *DIGITS, "--save", tmp_path, "--expname", "other")[0] == 0
+    state, recipe = fitted[1]
+    assert (recipe.channels_last, recipe.amp, recipe.compile) == (True, "off", False)
+    assert not state.optimizer.param_groups[0]["fused"]
+    assert not state.scaler.is_enabled()
+    assert state.model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_stochastic_depth_reaches_the_net(run, fitted, tmp_path):
+    flags = [*DIGITS, "--target", 1, "--stochastic-depth", 0.3, "--save", tmp_path, "--expname", "run"]
+    assert run(train.main, *flags)[0] == 0
+    ((state, _),) = fitted
+    assert [block.drop.p for block in state.model.blocks()] == [0.3] * 3
+
+
+@pytest.fixture
+def tf32():
+    """Reads TF32's switches, and puts them back at the end."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [switch.allow_tf32 for switch in switches]
+    yield lambda: [switch.allow_tf32 for switch in switches]
+    for switch, value in zip(switches, before, strict=True):
+        switch.allow_tf32 = value
+
+
+def test_tf32_is_torchs_own_choice_unless_given(tf32):
+    default = tf32()
+    for flags, expected in ([], default), (["--tf32"], [True] * 2), (["--no-tf32"], [False] * 2):
+        args = train.make_parser().parse_args(["--device", "cpu", *flags])
+        utils.prepare(args, None, small_net())
+        assert tf32() == expected
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+def test_a_checkpoint_of_a_schedule_that_was_dropped_is_refused(run, trained, tmp_path):
+    for test in ([], ["--test"]):
+        checkpoint = resume_altered(trained, tmp_path / f"copy{len(test)}", temperature_end=0.5)
+        status, _, err = run(train.main, "--resume", checkpoint, "--device", "cpu", *test)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "was trained with --temperature-end, which this version does not have" in err
+
+
+def test_a_checkpoint_in_which_a_dropped_flag_was_off_goes_on(run, trained, fitted, tmp_path):
+    checkpoint = resume_altered(trained, tmp_path / "copy", temperature_end=None)
+    assert run(train.main, "--resume", checkpoint, "--device", "cpu")[0] == 0
+    assert len(fitted) == 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({"lr": -1}, "the lr it records is unfit: -1 must be above 0"),
+        ({"amp": "int8"}, "the amp it records is unfit: 'int8' is not one of off, bf16, fp16"),
+        ({"compile": 1}, "the compile it records is unfit: 1 is not true or false"),
+        ({"milestones": 3}, "the milestones it records is unfit: 3 is not a list"),
+        ({"batch_size": True}, "the batch-size it records is unfit: True is not one value"),
+    ],
+)
+def test_recorded_flags_are_checked_as_if_they_had_been_typed(recorded, message):
+    parser = train.make_parser()
+    with pytest.raises(InputError, match=message):
+        utils.inherit(parser, {"depth": 8, **recorded}, {}, ("depth",), "FILE")
+
+
+SCRIPTS = {"train": (train, {"depth": 8}), "train_img": (train_img, {"arch": "resnet50"})}
+
+
+def unfit_values(action):
+    """Values that a flag must not take over from a file."""
+    yield from ({"a": 1}, {}, torch.ones(2))
+    if isinstance(action.default, bool) or action.nargs == 0:
+        yield from ("yes", 1, 0.0, "--help", [True])
+    elif action.nargs == "*":
+        yield from (3, "3", "--help", ["--help"], [True], [[1]])
+    else:
+        yield from (True, False, [], ["--help"])
+        if action.choices or action.type in (utils.experiment_name, utils.probabilities):
+            yield from ("no/such", "")
+        elif action.type:
+            yield from ("--help", "x", "", float("nan"), float("inf"), 10**400)
+    if action.choices or action.type not in (None, utils.experiment_name):
+        yield "-x"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_recorded_flag_passes_its_own_type_and_choices(script):
+    module, architecture = SCRIPTS[script]
+    parser, tried = module.make_parser(), 0
+    for name, action in parser.flags.items():
+        for value in unfit_values(action):
+            if name in utils.PER_CALL:
+                assert name not in utils.inherit(parser, {**architecture, name: value}, {}, architecture, "FILE")
+            else:
+                with pytest.raises(InputError, match=f"FILE: the {name.replace('_', '-')} it records is unfit"):
+                    utils.inherit(parser, {**architecture, name: value}, {}, architecture, "FILE")
+            tried += 1
+    assert tried > 200
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_run_records_is_what_its_command_line_gave(script):
+    """args.json is JSON, and a checkpoint holds the same: neither may change a value on its way back."""
+    module, architecture = SCRIPTS[script]
+    parser = module.make_parser()
+    flags = ["--lr", 0.25, "--seed", 7, "--tf32", "--no-channels-last", "--threshold", 0.7, "--checkpoint-minutes", 2]
+    flags += ["--milestones", 3, 9] if script == "train" else ["--target-rates", "paper"]
+    given = vars(parser.parse_args([str(flag) for flag in flags])) | architecture
+    recorded = json.loads(json.dumps({name: value for name, value in given.items() if name not in utils.PER_CALL}))
+    taken = utils.inherit(parser, recorded, {}, architecture, "FILE")
+    assert taken == {name: value for name, value in recorded.items() if value is not None}
+
+
+def test_resume_auto_tests_the_best_model_and_trains_on_from_the_last(trained, fitted, tmp_path):
+    resume_altered(trained, tmp_path / "copy")
+    flags = ["--save", str(tmp_path), "--expname", "copy", "--resume", "auto", "--device", "cpu"]
+    args, _ = utils.parse(train.make_parser(), [*flags, "--test"], ("depth",))
+    assert args.resume == str(tmp_path / "copy" / CHECKPOINT)  # there is nothing else yet
+    (tmp_path / "copy" / runs.BEST).write_bytes((trained / runs.BEST).read_bytes())
+    for more, name in ([], CHECKPOINT), (["--test"], runs.BEST):
+        args, _ = utils.parse(train.make_parser(), [*flags, *more], ("depth",))
+        assert args.resume == str(tmp_path / "copy" / name)
+
+
+def test_a_test_keeps_what_another_has_written_meanwhile(run, trained, tmp_path, monkeypatch):
+    path = resume_altered(trained, tmp_path / "copy").parent / runs.TEST
+    original = utils.evaluation.measure
+
+    def measure(*args, **settings):
+        runs.write_json(path, {"all": {"top1": 1}})
+        return original(*args, **settings)
+
+    monkeypatch.setattr(utils.evaluation, "measure", measure)
+    assert run(train.main, "--test", "--resume", path.parent, "--device", "cpu")[0] == 0
+    tested = runs.read_json(path)
+    assert tested.keys() == {"all", "argmax"}
+    assert tested["all"] == {"top1": 1}
+
+
+def test_schedules_go_on_after_an_interruption(tmp_path):
+    common = ["--dataset", "digits", "--depth", "8", "--epochs", "3", "--save", str(tmp_path), "--target-warmup", "2"]
+    common += ["--temperature", "2", "--train-size", "300", "--lrfact", "3", "--device", "cpu"]
+    train.main([*common, "--expname", "whole"])
+    train.main([*common, "--expname", "parts", "--stop-after", "1"])
+    train.main(["--resume", str(tmp_path / "parts"), "--device", "cpu"])
+    whole, parts = ([{**record, "seconds": 0} for record in runs.read_records(tmp_path / name)]
+                    for name in ("whole", "parts"))
+    assert whole == parts
+    files = [tmp_path / name / CHECKPOINT for name in ("whole", "parts")]
+    whole, parts = (load_checkpoint(file)["state_dict"] for file in files)
+    assert all(torch.equal(value, parts[key]) for key, value in whole.items())
+
+
+# ---------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("script", ["train.py", "train_img.py"])
+def test_help_is_quick_grouped_and_complete(script):
+    command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert {"torch", "aig"} < imported
+    assert not imported & {"torchvision", "sklearn", "scipy", "visdom", "matplotlib", "PIL.ImageFont"}
+    for group in ("run", "training", "speed of training", "evaluation", "images and network"):
+        assert f"\n{group}:\n" in done.stdout
+    text = " ".join(done.stdout.split())
+    for nonsense in ("(default: None)", "(default: False)", "(default: )", "(default: all) (default", "Fraction"):
+        assert nonsense not in text
+    parser = {"train.py": train, "train_img.py": train_img}[script].make_parser()
+    assert all(action.help for action in parser.flags.values() if action.option_strings)
+    assert "(default: 0.5)" in text
+
+
+# ---------------------------------------------------------------------------------------------- bad flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--stochastic-depth", "0.3"], "add --target 1"),
+        (["--stochastic-depth", "1", "--target", "1"], "below 1"),
+        (["--temperature-end", "0.5"], "unrecognized arguments: --temperature-end"),
+        (["--temperature", "0"], "above 0"),
+        (["--train-size", "2000"], "only 1437"),
+        (["--test-size", "10"], "is for --test"),
+        (["--reestimate-bn"], "is for --test"),
+        (["--target-warmup", "-1"], "at least 0"),
+        (["--warmup", "1" + "0" * 400], "10000000000000000000... is too large"),
+        (["--split", "0.2"], "digits has a test set of its own"),
+        (["--no-cuda", "--device", "cuda"], "--no-cuda contradicts --device cuda"),
+    ],
+)
+def test_bad_input_gets_one_line(run, tmp_path, flags, message):
+    status, _, err = run(train.main, "--dataset", "digits", "--depth", 8, "--save", tmp_path / "runs", *flags)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert not (tmp_path / "runs").exists()
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (train.main, ["--resume", LONG], "no checkpoint at x"),
+        (train.main, ["--resume", LONG, "--test"], "no checkpoint at x"),
+        (train.main, ["--dataset", "folder", "--data", LONG], "cannot read the folder x"),
+        (train.main, ["--dataset", "folder", "--data", "missing"], "no such folder: missing"),
+        (train.main, ["--dataset", "folder", "--data", "missing", "--split", 0.5], "no such folder: missing"),
+        (train.main, ["--dataset", "folder", "--data", "file", "--split", 0.5], "no such folder: file"),
+        (train.main, ["--dataset", "folder", "--data", "single", "--split", 0.5], "none can be held out"),
+        (train_img.main, [LONG], "cannot read the folder x"),
+        (train_img.main, ["missing"], "no such folder: missing"),
+        (train_img.main, ["missing", "--split", 0.5], "no such folder: missing"),
+        (train_img.main, ["single", "--split", 0.5], "none can be held out"),
+    ],
+)
+def test_bad_paths_get_one_line(run, image_folder, contents, tmp_path, monkeypatch, main, flags, message):
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path, single=1)
+    (tmp_path / "file").write_text("")
+    before = contents(tmp_path)
+    status, _, err = run(main, *flags)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert contents(tmp_path) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "single"]
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_is_an_input_error(tmp_path):
+    command = [sys.executable, ROOT / "train.py", *DIGITS, "--compile", "--save", tmp_path, "--expname", "no"]
+    environment = {**os.environ, "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    result = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "--compile does not work here" in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_test_with_reestimated_statistics_has_its_own_entry(trained, tmp_path):
+    checkpoint = resume_altered(trained, tmp_path / "copy")
+    before = checkpoint.read_bytes()
+    train.main(["--test", "--resume", str(checkpoint), "--device", "cpu"])
+    usual = runs.read_json(checkpoint.parent / runs.TEST)["argmax"]
+    train.main(["--test", "--resume", str(checkpoint), "--reestimate-bn", "--device", "cpu"])
+    tested = runs.read_json(checkpoint.parent / runs.TEST)
+    assert tested.keys() == {"argmax", "argmax+bn"}
+    assert tested["argmax"] == usual
+    assert tested["argmax+bn"]["loss"] != usual["loss"]
+    assert checkpoint.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_bfloat16_learns_the_digits_like_float32(run, tmp_path):
+    top1 = {}
+    for amp in ("off", "bf16"):
+        command = [*DIGITS, "--epochs", 12, "--amp", amp, "--save", tmp_path, "--expname", amp]
+        assert run(train.main, *command)[0] == 0
+        top1[amp] = json.loads((tmp_path / amp / runs.METRICS).read_text().splitlines()[-1])["val"]["top1"] / 100
+    assert top1["off"] > 0.9
+    p = sum(top1.values()) / 2
+    assert abs(top1["off"] - top1["bf16"]) < 4 * (2 * p * (1 - p) / 360) ** 0.5
+    assert load_checkpoint(tmp_path / "bf16" / CHECKPOINT)["args"]["amp"] == "bf16"
