@@ -1,25 +1,31 @@
 # `make demo` and `make test` set up everything they need in .venv; see README.md
 PYTHON ?= python3
 BIN := .venv/bin
+TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=70.1,<81" wheel
-	$(BIN)/pip install --quiet --no-build-isolation -r requirements.txt pytest hypothesis ruff torchattacks
+	$(BIN)/pip install --quiet --no-build-isolation -r requirements.txt $(TOOLS)
 	touch $@
 
 demo: .venv/installed
 	$(BIN)/python train.py --dataset digits --depth 20 --batch-size 64 --epochs 60 --target 0.7 --expname demo --overwrite
-	$(BIN)/python train.py --test --resume runs/demo/model_best.pth.tar --gate-mode sample
-	$(BIN)/python train.py --test --resume runs/demo/model_best.pth.tar
+	$(BIN)/python train.py --test --resume runs/demo --gate-mode sample
+	$(BIN)/python train.py --test --resume runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(PYTEST) -m "not slow"
+
+test-all: .venv/installed
+	$(PYTEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
+	PYTHONPATH=. $(BIN)/lint-imports
 
 clean:
 	rm -rf .venv
