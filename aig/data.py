@@ -121,7 +121,7 @@ class Source:
 
 
 DATASETS = {
-    # The original's constants; its std is the mean of the images' own stds, smaller than that of all pixels
+    # The original's constants; its std is the mean of the images' own stds, smaller than the std of all pixels
     "cifar10": Source(
         partial(load_cifar, "CIFAR10"), "crop+flip", ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)), 32
     ),

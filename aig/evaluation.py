@@ -44,7 +44,7 @@ def predictions(
     for step, (images, labels) in enumerate(bar, start=1):
         each_batch()
         noise = None
-        if model.gate_mode == "sample":  # that of all processes, so that it does not depend on their number
+        if model.gate_mode == "sample":  # drawn for all processes, whatever their number
             count = loader.images_in(step)
             noise = draw_noise(model.num_gates, count, images)[:, loader.world.shard(count)]
         if len(images):

@@ -93,7 +93,7 @@ def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | No
 
 
 def exploded(validated: Sequence[dict[str, Any]]) -> str | None:
-    """A warning if the validation loss is far above chance, or grows while the accuracy is that of chance."""
+    """A warning if the validation loss is far above chance, or grows while the accuracy stays at chance."""
     now, classes = validated[-1], len(validated[-1]["classes"])
     chance = math.log(max(2, classes))  # the cross entropy of guessing
     if now["loss_classify"] > EXPLODED * chance:

@@ -256,7 +256,7 @@ class Run:
             self.begun = True
             for name in RUN_FILES:
                 (self.folder / name).unlink(missing_ok=True)
-            if not history.target:  # the log there is that of the run that is replaced
+            if not history.target:  # the log there belongs to the run that is replaced
                 (self.folder / LOG).unlink(missing_ok=True)
                 write_log(self.folder)
         write_json(self.folder / ARGS, {**self.args, "commands": self.commands, **self.environment})
@@ -331,7 +331,7 @@ def start_run(run: Run) -> Iterator[Run]:
 
     Raises:
         InputError: if the folder cannot be written, or another process trains there.
-        TrainingError: that of the block, with the last good checkpoint named.
+        TrainingError: raised by the block; the last good checkpoint is added to its message.
     """
     with run.signals:
         if not run.world.is_main:
