@@ -36,6 +36,7 @@ def make_parser(description: str, **defaults: Any) -> Parser:
     parser = Parser(description=description)
     add_run_flags(parser.add_argument_group("run"))
     add_training_flags(parser.add_argument_group("training"))
+    add_newer_flags(parser.add_argument_group("beyond the paper"))
     add_speed_flags(parser.add_argument_group("speed of training"))
     add_evaluation_flags(parser.add_argument_group("evaluation"))
     parser.set_defaults(**defaults)
@@ -65,22 +66,30 @@ def add_run_flags(run: argparse._ArgumentGroup) -> None:
 
 
 def add_training_flags(training: argparse._ArgumentGroup) -> None:
-    above0, natural = number(float, above=0), number(int, 0)
+    above0 = number(float, above=0)
     training.add_argument("--epochs", type=number(int, 1, 100_000), help="length of the schedule")
     training.add_argument("--start_epoch", "--start-epoch", type=number(int, 1), default=1, help="first epoch to run")
     training.add_argument("--batch-size", type=number(int, 2), default=256, help="of all processes together")
     training.add_argument("--lr", "--learning-rate", type=above0, default=0.1, help="learning rate at the start")
-    training.add_argument("--warmup", type=natural, default=0, metavar="EPOCHS", help="epochs of linear rise to lr")
     training.add_argument("--lrfact", type=number(float, 0), default=1, help="learning-rate factor of the gates")
     training.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     training.add_argument("--weight-decay", "--wd", type=number(float, 0), help="of SGD")
     training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
-    training.add_argument("--target-warmup", type=natural, default=0, metavar="EPOCHS",
-                          help="epochs in which the target rates fall from 1 to their values")
     training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
     training.add_argument("--stochastic-depth", type=probabilities, default=0, metavar="P[,P,...]",
                           help="drop branches with this probability, one for all or one a block, in nets without gates")
+
+
+def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
+    natural, switch = number(int, 0), argparse.BooleanOptionalAction
+    newer.add_argument("--warmup", type=natural, default=0, metavar="EPOCHS", help="epochs of linear rise to lr")
+    newer.add_argument("--target-warmup", type=natural, default=0, metavar="EPOCHS",
+                       help="epochs in which the target rates fall from 1 to their values")
+    newer.add_argument("--lr-schedule", default="step", choices=("step", "cosine"),
+                       help="divide lr by 10 at the milestones, or let it fall to 0 along a cosine")
+    newer.add_argument("--nesterov", action=switch, default=False, help="Nesterov's momentum")
+    newer.add_argument("--gate-decay", action=switch, default=True, help="weight decay of the gates, too")
 
 
 def probabilities(text: str) -> float | list[float]:
@@ -143,6 +152,7 @@ def parse(
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
         args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
+        check_flags(args, given)  # once more, with what the checkpoint records
     if not args.test:
         args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))
         if "start_epoch" in given:
@@ -159,6 +169,11 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
         raise InputError(f"{'--test-size' if args.test_size else '--reestimate-bn'} is for --test: add it")
     if args.test and args.visdom:
         raise InputError("--visdom shows a training: leave it out with --test")
+    steps = [name for name in ("milestones", "lrdecay") if name in given]
+    if steps and args.lr_schedule == "cosine":
+        raise InputError(f"--{steps[0]} is for --lr-schedule step: a cosine has no steps")
+    if args.nesterov and not args.momentum:
+        raise InputError("--nesterov needs a --momentum above 0")
     where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in given]
     if where and not args.visdom:
         raise InputError(f"--{where[0].replace('_', '-')} says where to show the run: add --visdom")
@@ -204,6 +219,11 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
     epochs = (args.start_epoch, checkpoint.get("epoch")) if own else (args.start_epoch,)
     if not all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs):
         raise InputError(f"{args.resume} does not say which epoch comes next")
+    if own.get("lr_schedule") == "cosine" and args.epochs != own.get("epochs"):
+        raise InputError(
+            f"--epochs {args.epochs}: the cosine of {args.resume} ends after {own.get('epochs')} epochs, and another "
+            f"would jump; start a new run from its weights, with --pretrained"
+        )
     if given.get("pretrained"):
         raise InputError("--pretrained starts a new run: it does not go with --resume")
     folder = run_folder(args, checkpoint)

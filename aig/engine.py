@@ -5,6 +5,7 @@ Source: Veit, Belongie, "Convolutional networks with adaptive inference graphs",
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -42,10 +43,11 @@ class Recipe:
 
     Attributes:
         target_rates, lossfact, topk: see `Objective`.
-        lr, milestones, warmup: the learning rate rises linearly for `warmup` epochs; from each milestone on it is
-            divided by 10 once more.
+        lr, lr_schedule, milestones, warmup: the learning rate rises linearly for `warmup` epochs. With the schedule
+            "step" it is divided by 10 once more from each milestone on; with "cosine" it falls to 0.
         lrfact, gate_layers: factor of the learning rate of these layers of the blocks.
-        momentum, weight_decay, fused: of SGD.
+        gate_decay: whether weight decay reaches the gates.
+        momentum, nesterov, weight_decay, fused: of SGD.
         epochs, last: number of the schedule's last epoch, counted from 1, and of the last to run now.
         seed: of the gates' noise.
         target_warmup: epochs over which the target rates go linearly from 1 to t_l.
@@ -65,9 +67,12 @@ class Recipe:
     epochs: int
     last: int
     seed: int
+    lr_schedule: str = "step"
     topk: Sequence[int] = (1,)
     momentum: float = 0.9
+    nesterov: bool = False
     weight_decay: float = 0
+    gate_decay: bool = True
     lrfact: float = 1
     gate_layers: Sequence[str] = GATE_LAYERS
     fused: bool | None = None
@@ -85,7 +90,10 @@ class Recipe:
     def at(self, epoch: int, progress: float) -> Now:
         """The values of a step at whose end the part `progress` of the epoch is done, in (0, 1]."""
         done = epoch - 1 + progress
-        factor = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
+        if self.lr_schedule == "cosine":
+            factor = (1 + math.cos(math.pi * done / self.epochs)) / 2
+        else:
+            factor = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
         factor *= min(1, done / self.warmup) if self.warmup else 1
         warm = min(1, done / self.target_warmup) if self.target_warmup else None
         return Now(self.lr * factor, self.temperature, warm)
@@ -152,16 +160,24 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
 
 def make_optimizer(model: AdaptiveResNet, recipe: Recipe) -> torch.optim.SGD:
     """SGD with momentum, `gate_layers` at learning rate lr * lrfact."""
-    gates, others = [], []
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by: scaled by lrfact, without weight decay
     for name, parameter in model.named_parameters():
-        (gates if set(name.split(".")) & set(recipe.gate_layers) else others).append(parameter)
-    groups = [{"params": others, "lr_factor": 1.0}, {"params": gates, "lr_factor": float(recipe.lrfact)}]
+        layers = set(name.split("."))
+        free = not recipe.gate_decay and not layers.isdisjoint(GATE_LAYERS)
+        groups.setdefault((not layers.isdisjoint(recipe.gate_layers), free), []).append(parameter)
     on_gpu = next(model.parameters()).is_cuda  # where the fp16 scaler would wait for an optimizer that is not fused
     return torch.optim.SGD(
-        [group for group in groups if group["params"]],
+        [
+            {
+                "params": groups[scaled, free],
+                "lr_factor": float(recipe.lrfact) if scaled else 1.0,
+                "weight_decay": 0 if free else recipe.weight_decay,
+            }
+            for scaled, free in sorted(groups)
+        ],
         lr=recipe.lr,
         momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
+        nesterov=recipe.nesterov,
         fused=on_gpu if recipe.fused is None else recipe.fused,
     )
 
