@@ -263,6 +263,14 @@ def check_gate_mode(mode: str) -> str:
     return mode
 
 
+def check_thresholds(threshold: float | Sequence[float], num_gates: int) -> list[float]:
+    """The threshold of each gate, of one for all or one each. Raises ValueError unless they lie in (0, 1)."""
+    thresholds = list(threshold) if isinstance(threshold, Sequence) else [threshold] * num_gates
+    if len(thresholds) != num_gates or not all(0 < value < 1 for value in thresholds):
+        raise ValueError(f"threshold {threshold}: must be a number in (0, 1), or one for each of {num_gates} gates")
+    return thresholds
+
+
 class AdaptiveResNet(nn.Module):
     """What both backbones share: stages of gated blocks and the forward pass through them.
 
@@ -274,7 +282,7 @@ class AdaptiveResNet(nn.Module):
             "all": every gate open, the plain ResNet of the same weights.
             Hard decisions have straight-through gradients in eval mode, too: z is differentiated as the soft
             Gumbel-softmax sample in "sample", as P(open) = softmax(logits / temperature)[1] in "argmax".
-        threshold: of P(open) in mode "argmax", strictly between 0 and 1.
+        threshold: of P(open) in mode "argmax", strictly between 0 and 1; a number, or one for each gate.
         target_rates: one rate per block; a block at rate 1 has no gate and always runs.
         stages: the number of blocks in each.
     """
@@ -282,7 +290,7 @@ class AdaptiveResNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gate_mode = "argmax"
-        self.threshold = 0.5
+        self.threshold: float | Sequence[float] = 0.5
 
     def build_stages(
         self,
@@ -346,12 +354,13 @@ class AdaptiveResNet(nn.Module):
         mode = "sample" if self.training else check_gate_mode(self.gate_mode)
         if mode == "sample" and noise is None:  # of all gates in one draw: a few kernels instead of a few per gate
             noise = draw_noise(self.num_gates, len(x), x)
-        by_gate = iter(() if noise is None else noise)
+        thresholds = check_thresholds(self.threshold, self.num_gates)
+        by_gate = zip(thresholds, [None] * self.num_gates if noise is None else noise, strict=True)
         x = self.stem(x)
         gate_activations = []
         for block in self.blocks():
-            block_noise = next(by_gate, None) if block.gated else None
-            x, z = block(x, mode, self.threshold, temperature, block_noise)
+            threshold, block_noise = next(by_gate) if block.gated else (0.5, None)
+            x, z = block(x, mode, threshold, temperature, block_noise)
             gate_activations.append(z)
         return self.linear(x.mean((2, 3))), gate_activations
 
@@ -420,9 +429,16 @@ def ResNet110_cifar(nclass: int = 10, target_rates: Sequence[float] | None = Non
 
 # Further backbones go here: (block, blocks by stage[, groups, width per group]), under torchvision's names
 ARCHS: dict[str, tuple] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
+    "resnext50_32x4d": (Bottleneck, (3, 4, 6, 3), 32, 4),
+    "resnext101_32x8d": (Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": (Bottleneck, (3, 4, 23, 3), 64, 4),
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 1, 128),
+    "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), 1, 128),
 }
 PAPER_RATES = {  # sec. 4.2: early, last and downsampling blocks always run
     "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",

@@ -69,13 +69,14 @@ def make_model(args: argparse.Namespace, num_classes: int) -> ResNet_cifar:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = utils.parse(make_parser(), argv, architecture=("depth",))
-    loaders = utils.load_data(args, checkpoint)
-    num_classes = len(loaders.val.classes)
-    model = make_model(args, num_classes)
+    pretrained = utils.open_pretrained(args, checkpoint)
+    loaders = utils.load_data(args, checkpoint, pretrained)
+    model = make_model(args, len(loaders.val.classes))
     earlier = recorded(checkpoint).get("lr_milestones")  # a run that goes on keeps its own, however long it is to be
     milestones = args.milestones if args.milestones is not None else earlier or scaled_milestones(args.epochs)
-    recipe = utils.make_recipe(args, model, num_classes, milestones=milestones, topk=(1,), gate_layers=("fc2",))
-    utils.run(args, checkpoint, loaders, model, recipe)
+    values = {"milestones": milestones, "topk": (1,), "gate_layers": ("fc2",)}
+    recipe = utils.make_recipe(args, checkpoint, loaders, model, **values)
+    utils.run(args, checkpoint, loaders, model, recipe, pretrained)
 
 
 if __name__ == "__main__":

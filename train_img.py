@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 
 import utils
-from aig.checkpoint import load_pretrained
-from aig.console import InputError, Parser, number, run_command, say
+from aig.console import InputError, Parser, number, run_command
 from aig.data import default_workers
 from aig.environment import derive_seed
 from convnet_aig import ARCHS, ResNet_ImageNet, make_resnet, target_rates_of
@@ -38,8 +37,6 @@ def make_parser() -> Parser:
     images.add_argument("--arch", default="resnet50", choices=ARCHS, help="the backbone")
     images.add_argument("--target-rates", default="uniform", metavar="uniform|paper|R1,R2,...",
                         help="target rate of each block; in a list, t stands for --target; blocks at 1 have no gate")
-    images.add_argument("--pretrained", default="", metavar="FILE",
-                        help="start from a plain ResNet as torchvision saves it, or from its own weights: torchvision")
     images.add_argument("--image-size", type=number(int, 32, 4096), default=224, metavar="PIXELS",
                         help="height and width of the images")
     images.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(),
@@ -67,14 +64,12 @@ def make_model(args: argparse.Namespace, num_classes: int, rates: Sequence[float
 def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = utils.parse(make_parser(), argv, architecture=("arch",))
     rates = block_rates(args)
-    loaders = utils.load_data(args, checkpoint)
-    num_classes = len(loaders.val.classes)
-    model = make_model(args, num_classes, rates)
-    if args.pretrained and not checkpoint:
-        say(load_pretrained(model, args.pretrained, args.arch))
+    pretrained = utils.open_pretrained(args, checkpoint)
+    loaders = utils.load_data(args, checkpoint, pretrained)
+    model = make_model(args, len(loaders.val.classes), rates)
     milestones = range(args.lrdecay, args.epochs + 1, args.lrdecay)
-    recipe = utils.make_recipe(args, model, num_classes, milestones=milestones, topk=(1, 5))
-    utils.run(args, checkpoint, loaders, model, recipe)
+    recipe = utils.make_recipe(args, checkpoint, loaders, model, milestones=milestones, topk=(1, 5))
+    utils.run(args, checkpoint, loaders, model, recipe, pretrained)
 
 
 if __name__ == "__main__":

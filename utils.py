@@ -13,18 +13,22 @@ import torch
 from torch import nn
 
 from aig import checkpoint as files
-from aig import dashboard, distributed, environment, evaluation, runs
+from aig import dashboard, distributed, environment, evaluation, networks, runs
+from aig.budget import calibrate, make_budget
 from aig.console import InputError, Parser, experiment_name, number, say
 from aig.data import Batching, Choice, Loaders, open_loaders
 from aig.engine import AMP, Recipe, fit, make_optimizer
-from aig.losses import Objective
+from aig.networks import Pretrained
 from aig.state import State, enter_epoch, restore
+from aig.terms import Distillation
 from convnet_aig import GATE_MODES, AdaptiveResNet
 
 AUTO = "auto"
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
-PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env")
+PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "workers")
+ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
+BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # found by a pilot, see docs/training.md
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
 
@@ -82,14 +86,29 @@ def add_training_flags(training: argparse._ArgumentGroup) -> None:
 
 
 def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
-    natural, switch = number(int, 0), argparse.BooleanOptionalAction
+    natural, above0, part = number(int, 0), number(float, above=0), number(float, above=0, below=1)
+    switch = argparse.BooleanOptionalAction
     newer.add_argument("--warmup", type=natural, default=0, metavar="EPOCHS", help="epochs of linear rise to lr")
-    newer.add_argument("--target-warmup", type=natural, default=0, metavar="EPOCHS",
-                       help="epochs in which the target rates fall from 1 to their values")
+    newer.add_argument("--target-warmup", type=number(float, 0), metavar="EPOCHS",
+                       help="epochs in which the target rates fall from 1 to their values (default: 0; with --budget "
+                       "a third of --epochs, for its floor)")
     newer.add_argument("--lr-schedule", default="step", choices=("step", "cosine"),
                        help="divide lr by 10 at the milestones, or let it fall to 0 along a cosine")
     newer.add_argument("--nesterov", action=switch, default=False, help="Nesterov's momentum")
     newer.add_argument("--gate-decay", action=switch, default=True, help="weight decay of the gates, too")
+    newer.add_argument("--pretrained", default="", metavar="FILE",
+                       help="start from these weights: a run of ours, a .pth or .safetensors file of torchvision or "
+                       f"timm, torchvision[:NAME]; --lr is then {FINE_TUNING_LR:g} by default")
+    newer.add_argument("--budget", type=part, metavar="B",
+                       help="one target for the whole net instead of --target: this part of the dense net's "
+                       "multiply-accumulates; with --test: choose thresholds for it")
+    newer.add_argument("--budget-weight", type=above0, default=BUDGET_WEIGHT, metavar="W", help="weight of its loss")
+    newer.add_argument("--budget-floor", action=switch, default=True,
+                       help="let no gate's rate fall below a floor, which comes down in --target-warmup epochs")
+    newer.add_argument("--distill", default="", metavar="FILE", help="learn from this network, too; as --pretrained")
+    newer.add_argument("--distill-weight", type=part, default=0.5, metavar="W",
+                       help="of the teacher; the labels weigh 1 - W")
+    newer.add_argument("--distill-temperature", type=above0, default=4, metavar="T", help="of both softmaxes")
 
 
 def probabilities(text: str) -> float | list[float]:
@@ -147,7 +166,9 @@ def parse(
         runs.check_vacant(new_folder(args), args.overwrite)
         if args.start_epoch > args.epochs:
             raise InputError(f"--start-epoch {args.start_epoch} comes after the last of {args.epochs} epochs")
-        return args, None
+        if args.pretrained and "lr" not in given:
+            args.lr = FINE_TUNING_LR
+        return settle(args), None
     checkpoint = files.load_checkpoint(args.resume)
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
@@ -158,7 +179,16 @@ def parse(
         if "start_epoch" in given:
             checkpoint["step"] = 0  # the epoch is to begin anew
         check_resumable(args, checkpoint, given)
-    return args, checkpoint
+    return settle(args), checkpoint
+
+
+def settle(args: argparse.Namespace) -> argparse.Namespace:
+    """Gives flags their values where these depend on others."""
+    if args.budget and not args.test:
+        args.target, args.lossfact = args.budget, 0  # the former only says which blocks have gates
+    if args.target_warmup is None:
+        args.target_warmup = args.epochs / 3 if args.budget and args.budget_floor else 0
+    return args
 
 
 def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -172,6 +202,20 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
     steps = [name for name in ("milestones", "lrdecay") if name in given]
     if steps and args.lr_schedule == "cosine":
         raise InputError(f"--{steps[0]} is for --lr-schedule step: a cosine has no steps")
+    for name in ("target", "lossfact"):
+        if args.budget and not args.test and name in given:
+            raise InputError(f"--{name} is about a rate for each gate: --budget takes its place")
+    if args.budget and not args.budget_floor and "target_warmup" in given:
+        raise InputError("--target-warmup is for the floor of the --budget: leave it out with --no-budget-floor")
+    for name in ("budget_weight", "budget_floor", "distill_weight", "distill_temperature"):
+        flag = name.split("_")[0]
+        if name in given and not vars(args)[flag]:
+            raise InputError(f"--{name.replace('_', '-')} does nothing without --{flag}")
+    if args.test and (training := [name for name in ("distill", "pretrained") if given.get(name)]):
+        raise InputError(f"--{training[0]} is for training: leave it out with --test")
+    if args.test and args.budget and (args.gate_mode != "argmax" or "threshold" in given or args.reestimate_bn):
+        raise InputError("--test --budget chooses the thresholds of --gate-mode argmax: use it without other modes, "
+                         "--threshold and --reestimate-bn")
     if args.nesterov and not args.momentum:
         raise InputError("--nesterov needs a --momentum above 0")
     where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in given]
@@ -209,7 +253,7 @@ def inherit(
     for name, harmless in DROPPED.items():
         if own.get(name, harmless) != harmless:
             raise InputError(f"{source} was trained with --{name.replace('_', '-')}, which this version does not have")
-    wanted = parser.flags.keys() - set(PER_CALL)
+    wanted = parser.flags.keys() - set(PER_CALL) - set(ONLY_TRAINING if given.get("test") else ())
     return parser.as_typed({name: value for name, value in own.items() if name in wanted}, source)
 
 
@@ -266,20 +310,50 @@ def named_in(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name in names}
 
 
-def load_data(args: argparse.Namespace, checkpoint: dict | None) -> Loaders:
-    """The images that the flags, and the checkpoint, ask for."""
-    recorded = {name: files.recorded(checkpoint).get(name) for name in ("classes", "mean", "std")}
+def open_pretrained(args: argparse.Namespace, checkpoint: dict | None) -> Pretrained | None:
+    """The weights that a new run starts from."""
+    if checkpoint or not args.pretrained:
+        return None
+    return networks.read_pretrained(args.pretrained, vars(args).get("arch"))
+
+
+def load_data(args: argparse.Namespace, checkpoint: dict | None, pretrained: Pretrained | None = None) -> Loaders:
+    """The images that the flags, and the checkpoint, ask for; normalised as a pretrained network's were."""
+    own, before = files.recorded(checkpoint), pretrained.args if pretrained else {}
+    recorded = {"classes": own.get("classes")} | {name: {**before, **own}.get(name) for name in ("mean", "std")}
     choice = Choice(**{**named_in(args, Choice), "data": args.data or "", **recorded,
-                       "needs_training": args.reestimate_bn})
+                       "needs_training": args.reestimate_bn, "calibrates": bool(args.test and args.budget)})
     place = {"device": select_device(args), "world": distributed.world()}
     return open_loaders(choice, Batching(**{**named_in(args, Batching), **place}))
 
 
-def make_recipe(args: argparse.Namespace, model: AdaptiveResNet, num_classes: int, **derived: Any) -> Recipe:
+def make_recipe(
+    args: argparse.Namespace, checkpoint: dict | None, loaders: Loaders, model: AdaptiveResNet, **derived: Any
+) -> Recipe:
     """The recipe of the flags: those called as its attributes, and what the script derives from others."""
     last = min(args.epochs, args.start_epoch + args.stop_after - 1) if args.stop_after else args.epochs
-    derived["topk"] = [k for k in derived["topk"] if k == 1 or k < num_classes]  # of few classes, top-5 says nothing
-    return Recipe(**{**named_in(args, Recipe), "target_rates": model.target_rates, "last": last, **derived})
+    num_classes = len(loaders.val.classes)
+    # of few classes, top-5 says nothing
+    derived["topk"] = [k for k in derived["topk"] if k == 1 or k < num_classes]
+    derived |= {"target_rates": model.target_rates, "last": last, "fine_tunes": bool(args.pretrained)}
+    derived |= {"budget": None, "distillation": None}
+    if args.budget and not args.test:
+        weight, device = args.budget_weight, select_device(args)
+        try:
+            derived["budget"] = make_budget(model, loaders.val.size, args.budget, weight, args.budget_floor, device)
+        except ValueError as error:
+            raise InputError(f"--budget: {error}") from error
+    if args.distill:
+        check_teacher(args, checkpoint)
+        teacher = networks.load_teacher(args.distill, vars(args).get("arch"), loaders.val, select_device(args))
+        derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature)
+    return Recipe(**{**named_in(args, Recipe), **derived})
+
+
+def check_teacher(args: argparse.Namespace, checkpoint: dict | None) -> None:
+    """Raises InputError if a run that goes on would have another teacher than before."""
+    if (before := files.recorded(checkpoint).get("distill_sha256")) and networks.fingerprint(args.distill) != before:
+        raise InputError(f"{args.distill} is not the teacher that this run began with: name that one with --distill")
 
 
 def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe) -> dict[str, Any]:
@@ -287,6 +361,8 @@ def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResN
     mean, std = loaders.normalisation
     derived = {"classes": loaders.val.classes, "mean": list(mean), "std": list(std), "stages": model.stages}
     derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
+    if args.distill:
+        derived["distill_sha256"] = networks.fingerprint(args.distill)
     flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
     return {**flags, **derived}
 
@@ -295,22 +371,31 @@ def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResN
 
 
 def run(
-    args: argparse.Namespace, checkpoint: dict | None, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
+    args: argparse.Namespace,
+    checkpoint: dict | None,
+    loaders: Loaders,
+    model: AdaptiveResNet,
+    recipe: Recipe,
+    pretrained: Pretrained | None = None,
 ) -> None:
-    """Tests or trains `model`, as `args` say."""
-    prepare(args, checkpoint, model)
+    """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
+    prepare(args, checkpoint, model, pretrained)
     if args.test:
         run_test(args, checkpoint, loaders, model, recipe)
     else:
         run_training(args, checkpoint, loaders, model, recipe)
 
 
-def prepare(args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet) -> None:
-    """Gives the model the checkpoint's weights, its device and gate mode. Raises InputError if these do not fit."""
+def prepare(
+    args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet, pretrained: Pretrained | None
+) -> None:
+    """Gives the model its weights, device and gate mode. Raises InputError if these do not fit."""
     device = select_device(args)
     if checkpoint:
         files.check_gates(checkpoint, model.target_rates, args.resume)
         files.load_weights(model, checkpoint["state_dict"], args.resume)
+    elif pretrained:
+        say(pretrained.load_into(model))
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.deterministic:
         environment.make_deterministic()
@@ -322,6 +407,7 @@ def prepare(args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveRe
 def result_key(args: argparse.Namespace) -> str:
     """The name of a result in test.json: the gate mode, and what is not its default."""
     threshold = f"@{args.threshold:g}" if args.gate_mode == "argmax" and args.threshold != 0.5 else ""
+    threshold = f"@budget={args.budget:g}" if args.budget else threshold
     return args.gate_mode + threshold + "+bn" * args.reestimate_bn
 
 
@@ -330,25 +416,42 @@ def run_test(
 ) -> None:
     """Evaluates, prints a table, and puts the result into test.json, beside those of other modes and thresholds."""
     path = Path(args.resume).parent / runs.TEST
+    target_rates = None if files.recorded(checkpoint).get("budget") else recipe.target_rates
     runs.read_json(path)  # a damaged one is found now
     if args.reestimate_bn:
         if distributed.world().size > 1:
             raise InputError("--reestimate-bn: use one process")
         evaluation.reestimate_batchnorm(model, loaders.train, environment.derive_seed(args.seed, "BatchNorm"))
-    device = next(model.parameters()).device
-    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, device, distributed.world())
+    if args.budget:
+        set_thresholds(args, loaders, model)
+    objective = recipe.objective(next(model.parameters()).device, distributed.world())
     how = {"samples": args.gate_samples, "seed": args.seed, "dense": args.dense}
     result = evaluation.measure(model, loaders.val, objective, **how)
     del result["gates_by_class"]
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
-    say(evaluation.describe(result, args.gate_mode, recipe.target_rates))
+    result |= {"checkpoint": Path(args.resume).name, "image_size": list(loaders.val.size), "data": args.data}
+    say(evaluation.describe(result, args.gate_mode, target_rates))
     if args.test_size:
         say(f"not written to {path}, which is about all images")
         return
     if distributed.world().is_main:
         runs.write_json(path, {**runs.read_json(path), result_key(args): result})  # another test may have ended
     say(f"written to {path}, as {result_key(args)}")
+
+
+def set_thresholds(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResNet) -> None:
+    """Sets the thresholds at which the model keeps to the budget on training images. Raises InputError."""
+    if distributed.world().size > 1:
+        raise InputError("--test --budget: use one process")
+    images = loaders.calibration
+    try:
+        model.threshold = calibrate(model, images, args.budget)
+    except ValueError as error:
+        raise InputError(f"--budget: {error}") from error
+    kind = "a threshold for each gate" if isinstance(model.threshold, list) else f"threshold {model.threshold:.4f}"
+    which = "held-out training images" if args.val_size else "training images"
+    say(f"{kind}, chosen for the budget {args.budget:g} on {images.num_images:,} {which}")
 
 
 def run_training(
@@ -433,8 +536,7 @@ def make_state(
         if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
             state.best = -1.0
             say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
-        objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk)
-        enter_epoch(state, checkpoint, train, objective, args.resume)
+        enter_epoch(state, checkpoint, train, recipe.objective(device, world), args.resume)
     if [state.epoch, state.step] != [-number for number in world.all_max(-state.epoch, -state.step)]:
         raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")
     return state

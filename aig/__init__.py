@@ -1,10 +1,12 @@
-"""ConvNet-AIG as a library: load a trained network, run only the blocks that its gates open, count what that costs.
+"""ConvNet-AIG as a library: load a trained network or gate your own, run only the blocks that its gates open.
 
     import aig
     net = aig.load("runs/NAME")                         # a run folder or a checkpoint
     logits, gates = net(net.preprocess(image)[None])    # image: a PIL image of any size; gates: z of each block
     fast = aig.accelerate(net)                          # the same outputs, closed branches not computed
     cost = aig.count_macs(net, 32)                      # multiply-accumulates, part by part
+    net = aig.gate(torchvision.models.resnet50())       # your own ResNet, with gates to be trained
+    net.threshold = aig.calibrate(net, loader, 0.7)     # thresholds for 70 % of the dense net's computation
 
 The names are imported when they are first used, so that nobody waits for what they do not use.
 """
@@ -14,8 +16,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-PLACES = {"accelerate": "aig.inference", "count_macs": "aig.inference", "load": "aig.checkpoint"}
-__all__ = ["accelerate", "count_macs", "load"]
+PLACES = {
+    "accelerate": "aig.inference",
+    "calibrate": "aig.budget",
+    "count_macs": "aig.inference",
+    "gate": "aig.networks",
+    "load": "aig.networks",
+}
+__all__ = ["accelerate", "calibrate", "count_macs", "gate", "load"]
 
 
 def __getattr__(name: str) -> Any:

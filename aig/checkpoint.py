@@ -1,4 +1,4 @@
-"""Checkpoints: reading them safely, rebuilding a network from one, pretrained weights.
+"""Checkpoints: reading them safely, and copying weights out of them.
 
 A file is never trusted: nothing in it is run (`weights_only=True`), every byte of a zip file is checked against its
 checksum, and keys, shapes and types are compared before anything is copied.
@@ -17,16 +17,32 @@ import torch
 from torch import Tensor, nn
 
 from aig.console import InputError
-from aig.data import DATASETS, IMAGENET_STATISTICS
-from aig.images import Preprocess
-from convnet_aig import GATE_LAYERS, AdaptiveResNet, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet
+from convnet_aig import GATE_LAYERS
 
-CHECKPOINT, BEST = "checkpoint.pth.tar", "model_best.pth.tar"  # of a run folder
+CHECKPOINT, BEST, TEST = "checkpoint.pth.tar", "model_best.pth.tar", "test.json"  # of a run folder
 KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float), "is_best": (bool,), "sums": (dict,)}
 MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would read nothing
 
 
 # ---------------------------------------------------------------------------------------------- reading
+
+
+def checkpoint_in(path: str | Path, *names: str) -> Path:
+    """The path of a checkpoint: itself, or for a run folder the first of these files that is in it.
+
+    Raises:
+        InputError: if the folder holds none of them.
+    """
+    path = Path(path)
+    try:
+        if not path.is_dir():
+            return path
+    except OSError as error:  # a name that is too long, for instance
+        raise InputError(f"no checkpoint at {path} ({error.strerror})") from error
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise InputError(f"no {' or '.join(names)} in {path}: give a run folder or a checkpoint")
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -161,145 +177,8 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
     model.load_state_dict(state, strict=False)
 
 
-def load_pretrained(model: nn.Module, source: str, arch: str) -> str:
-    """Starts the backbone from a plain ResNet; gates, and a head for another number of classes, stay fresh.
-
-    Args:
-        source: a file as torchvision saves it (or with a `state_dict` inside), or "torchvision" for its official
-            IMAGENET1K_V1 weights.
-        arch: torchvision's name of the net, such as "resnet50".
-
-    Returns:
-        A line that says what was loaded and what stayed fresh.
-
-    Raises:
-        InputError: if the weights cannot be had, or keys are missing, left over or of another shape.
-    """
-    if source == "torchvision":
-        import torchvision  # here, because importing it takes seconds
-
-        try:
-            state = torchvision.models.get_model_weights(arch)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
-        except (OSError, RuntimeError) as error:
-            raise InputError(f"--pretrained torchvision: cannot download the weights ({error})") from error
-    else:
-        state = load_safely(source)
-        state = state.get("state_dict", state) if isinstance(state, dict) else state
-        if not is_state_dict(state):
-            raise InputError(f"{source} holds no state_dict of tensors: not a torchvision ResNet")
-    names = {"fc.weight": "linear.weight", "fc.bias": "linear.bias"}
-    state = {names.get(key, key.replace(".downsample.", ".shortcut.")): v for key, v in without_prefixes(state).items()}
-    own = model.state_dict()
-    gates = [key for key in own if key.split(".")[-2] in GATE_LAYERS]
-    if any(key in state for key in gates):
-        raise InputError(f"{source} is not a plain ResNet, it has gates: continue it with --resume")
-    fresh = {key: own[key] for key in gates}
-    head = ""
-    if "linear.weight" in state and state["linear.weight"].shape != own["linear.weight"].shape:
-        fresh |= {key: own[key] for key in names.values()}
-        head = f" and the head (it has {len(state['linear.weight'])} classes)"
-    load_weights(model, {**state, **fresh}, source)
-    loaded = len(state.keys() - fresh.keys())
-    return f"{source}: {loaded} tensors loaded; fresh: the {len(gates)} tensors of the gates{head}"
-
-
 def check_gates(checkpoint: dict | None, target_rates: Sequence[float], source: str) -> None:
     """Raises InputError if other blocks have a gate than in the checkpoint: that would be another network."""
     rates = recorded(checkpoint).get("block_rates", target_rates)
     if [rate < 1 for rate in rates] != [rate < 1 for rate in target_rates]:
         raise InputError(f"with these target rates other blocks have gates than in {source}: leave them out")
-
-
-# ---------------------------------------------------------------------------------------------- networks
-
-
-def checkpoint_in(path: str | Path, *names: str) -> Path:
-    """The path of a checkpoint: itself, or for a run folder the first of these files that is in it.
-
-    Raises:
-        InputError: if the folder holds none of them.
-    """
-    path = Path(path)
-    try:
-        if not path.is_dir():
-            return path
-    except OSError as error:  # a name that is too long, for instance
-        raise InputError(f"no checkpoint at {path} ({error.strerror})") from error
-    for name in names:
-        if (path / name).is_file():
-            return path / name
-    raise InputError(f"no {' or '.join(names)} in {path}: give a run folder or a checkpoint")
-
-
-def load(path: str | Path) -> AdaptiveResNet:
-    """The trained network of a checkpoint, or of a run folder (its best model), on the CPU, in eval mode.
-
-    It is rebuilt from the keys and shapes in the file, so the original's files load, too. Beside the network's own
-    attributes it has `classes`, the names of its K classes (numbers if the file records none), and `preprocess`, which
-    makes its input (3, H, W) of a PIL image of any size.
-
-    Raises:
-        InputError: if there is no such file, or it holds no ConvNet-AIG.
-    """
-    file = checkpoint_in(path, BEST, CHECKPOINT)
-    checkpoint = load_checkpoint(file)
-    own = recorded(checkpoint)
-    model = rebuild(checkpoint["state_dict"], own.get("block_rates"), file)
-    num_classes = model.linear.out_features
-    model.classes = own.get("classes") or [str(index) for index in range(num_classes)]
-    if len(model.classes) != num_classes:
-        raise InputError(f"{file} names {len(model.classes)} classes, but its network has {num_classes}")
-    photographs = isinstance(model, ResNet_ImageNet)
-    source = DATASETS.get(str(own.get("dataset", "cifar10")), DATASETS["cifar10"])
-    size = own.get("image_size", 224) if photographs else source.size
-    usual = IMAGENET_STATISTICS if photographs else source.statistics or IMAGENET_STATISTICS
-    mean, std = (own["mean"], own["std"]) if "mean" in own else usual
-    if type(size) is not int or not 8 <= size <= 4096:
-        raise InputError(f"{file}: its image_size is malformed; not a checkpoint of this program")
-    model.preprocess = Preprocess(size, mean, std, photographs)
-    threshold = own.get("threshold", 0.5)
-    model.threshold = threshold if isinstance(threshold, float) and 0 < threshold < 1 else 0.5
-    return model.eval()
-
-
-def rebuild(state: dict[str, Tensor], rates: Sequence[float] | None, source: str | Path) -> AdaptiveResNet:
-    """The network with these weights: block type, widths, stages, gates and classes follow from keys and shapes.
-
-    Args:
-        rates: the target rates recorded of it, if any.
-
-    Raises:
-        InputError: naming the source, if they are not those of a ConvNet-AIG.
-    """
-    try:
-        places = sorted({tuple(map(int, key[5:].split(".")[:2])) for key in state if is_block_key(key)})
-        gated = [f"layer{stage}.{index}.{GATE_LAYERS[0]}.weight" in state for stage, index in places]
-        num_classes, photographs = len(state["linear.weight"]), state["conv1.weight"].shape[-1] == 7
-        stages = [sum(stage == number for stage, _ in places) for number in range(1, 4 + photographs)]
-        if 0 in stages or sum(stages) < len(places):
-            raise ValueError(f"{len(places)} blocks, {stages} of them in the stages that it should have")
-        own = [0.0 if gate else 1.0 for gate in gated]  # all that matters here is whether there is a gate
-        if ".conv3." in " ".join(state):
-            width, in_group = state["layer1.0.conv2.weight"].shape[:2]
-            groups = width // in_group
-            widths = (groups, width // groups) if photographs else ()
-            block = Bottleneck
-        else:
-            block, widths = BasicBlock, ()
-        with torch.device("meta"):
-            model = (ResNet_ImageNet if photographs else ResNet_cifar)(block, stages, num_classes, own, *widths)
-        model.to_empty(device="cpu")
-        for statistics in model.buffers():  # PyTorch 0.3 saved no counts of batches
-            statistics.zero_()
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise InputError(f"{source} holds no ConvNet-AIG ({error})") from error
-    load_weights(model, state, source)
-    known = rates is not None and [rate < 1 for rate in rates] == gated
-    model.target_rates = list(rates) if known else None
-    return model
-
-
-def is_block_key(key: str) -> bool:
-    """Whether a key of a state_dict is of a residual block: layer1.0...."""
-    stage, _, rest = key.removeprefix("layer").partition(".")
-    return key.startswith("layer") and stage.isdecimal() and rest.split(".")[0].isdecimal()

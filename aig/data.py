@@ -30,6 +30,7 @@ from aig.images import Normaliser, photo_transform, read_image, shrink
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
 PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
+CALIBRATION = 2000  # training images to choose thresholds on
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
@@ -501,6 +502,7 @@ class Choice:
         image_size: of photographs.
         test: evaluate on the test images; else train, and validate on those held out, or on the test images.
         needs_training: whether a test needs the training images, too.
+        calibrates: whether a test needs some of them as they are, those held out if there are any.
         classes, mean, std: recorded in a checkpoint.
     """
 
@@ -513,6 +515,7 @@ class Choice:
     image_size: int = 224
     test: bool = False
     needs_training: bool = False
+    calibrates: bool = False
     classes: list[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
@@ -531,11 +534,16 @@ class Batching:
 
 @dataclass
 class Loaders:
-    """The images of a run; `train` is None if nothing needs it."""
+    """The images of a run; those that nothing needs are None.
+
+    Attributes:
+        calibration: up to CALIBRATION training images, as in evaluation.
+    """
 
     train: Loader | None
     val: Loader
     normalisation: Statistics
+    calibration: Loader | None = None
 
 
 def open_loaders(choice: Choice, batching: Batching) -> Loaders:
@@ -554,8 +562,8 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
     evaluated = load(train=False)
     same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
     normalisation = (choice.mean, choice.std) if choice.mean else None
-    training, train = not choice.test or choice.needs_training, None
-    if training or normalisation is None:
+    training, train, held_out = not choice.test or choice.needs_training, None, None
+    if training or choice.calibrates or normalisation is None:
         train = load(train=True)
         same_classes(train.classes, evaluated.classes, "the test images")
         if choice.val_size:
@@ -568,12 +576,17 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
         evaluated = evaluated.subset(subset_indices(len(evaluated), choice.test_size, "--test-size"))
     place = {"device": batching.device, "world": batching.world}
     val = SmallImageLoader(evaluated, batching.batch_size, normalisation, **place)
+    calibration = None
+    if choice.calibrates:
+        some = held_out or train
+        some = some.subset(subset_indices(len(some), min(CALIBRATION, len(some)), ""))
+        calibration = SmallImageLoader(some, batching.batch_size, normalisation, **place)
     if not training:
-        return Loaders(None, val, normalisation)
+        return Loaders(None, val, normalisation, calibration)
     if not choice.val_size and not choice.test:
         say("the validation set is the test set, as in the original: choose models honestly with --val-size")
     how = {"augment": source.augment, "seed": batching.seed, **place}
-    return Loaders(SmallImageLoader(train, batching.batch_size, normalisation, **how), val, normalisation)
+    return Loaders(SmallImageLoader(train, batching.batch_size, normalisation, **how), val, normalisation, calibration)
 
 
 def photo_loaders(choice: Choice, batching: Batching) -> Loaders:
@@ -584,12 +597,20 @@ def photo_loaders(choice: Choice, batching: Batching) -> Loaders:
     batch_size = how.pop("batch_size")
     found = open_split(root, False, ("val",), choice.split)
     if choice.test_size:
-        indices = subset_indices(len(found.samples), choice.test_size, "--test-size").tolist()
-        found.samples = [found.samples[index] for index in indices]
+        keep_some(found, choice.test_size, "--test-size")
     val = PhotoLoader(found, batch_size, augment=False, **how)
     same_classes(choice.classes or val.classes, val.classes, str(root))
-    if choice.test and not choice.needs_training:
-        return Loaders(None, val, IMAGENET_STATISTICS)
-    train = PhotoLoader(open_split(root, True, ("val",), choice.split), batch_size, augment=True, **how)
-    same_classes(train.classes, val.classes, f"{root}/val")
-    return Loaders(train, val, IMAGENET_STATISTICS)
+    train, calibration = None, None
+    if not choice.test or choice.needs_training or choice.calibrates:
+        found = open_split(root, True, ("val",), choice.split)
+        train = PhotoLoader(found, batch_size, augment=True, **how)
+        same_classes(train.classes, val.classes, f"{root}/val")
+        if choice.calibrates:
+            keep_some(found, min(CALIBRATION, len(found.samples)), "")
+            calibration = PhotoLoader(found, batch_size, augment=False, **how)
+    return Loaders(train, val, IMAGENET_STATISTICS, calibration)
+
+
+def keep_some(found: Any, count: int, flag: str) -> None:
+    """Leaves `count` images in an ImageFolder, always the same ones. Raises InputError if there are not so many."""
+    found.samples = [found.samples[index] for index in subset_indices(len(found.samples), count, flag).tolist()]

@@ -24,6 +24,7 @@ from aig.evaluation import evaluate
 from aig.losses import Objective
 from aig.reports import check_health, epoch_line, report, report_interval, warnings_of
 from aig.state import State
+from aig.terms import Budget, Distillation
 from convnet_aig import GATE_LAYERS, AdaptiveResNet, draw_noise
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,7 +43,7 @@ class Recipe:
     """How to train.
 
     Attributes:
-        target_rates, lossfact, topk: see `Objective`.
+        target_rates, lossfact, topk, budget, distillation: see `Objective`.
         lr, lr_schedule, milestones, warmup: the learning rate rises linearly for `warmup` epochs. With the schedule
             "step" it is divided by 10 once more from each milestone on; with "cosine" it falls to 0.
         lrfact, gate_layers: factor of the learning rate of these layers of the blocks.
@@ -50,8 +51,9 @@ class Recipe:
         momentum, nesterov, weight_decay, fused: of SGD.
         epochs, last: number of the schedule's last epoch, counted from 1, and of the last to run now.
         seed: of the gates' noise.
-        target_warmup: epochs over which the target rates go linearly from 1 to t_l.
+        target_warmup: epochs over which the target rates, or the floor of a budget, go linearly from 1 to their values.
         temperature: of the gates' Gumbel-softmax.
+        fine_tunes: whether the network was trained before.
         accumulate: parts in which a batch is computed, to save memory.
         amp: what convolutions are computed in, a key of AMP; gates, losses and weights stay in float32.
         compile: run full batches through torch.compile.
@@ -77,8 +79,11 @@ class Recipe:
     gate_layers: Sequence[str] = GATE_LAYERS
     fused: bool | None = None
     warmup: int = 0
-    target_warmup: int = 0
+    target_warmup: float = 0
+    budget: Budget | None = None
+    distillation: Distillation | None = None
     temperature: float = 1
+    fine_tunes: bool = False
     accumulate: int = 1
     amp: str = "off"
     compile: bool = False
@@ -97,6 +102,11 @@ class Recipe:
         factor *= min(1, done / self.warmup) if self.warmup else 1
         warm = min(1, done / self.target_warmup) if self.target_warmup else None
         return Now(self.lr * factor, self.temperature, warm)
+
+    def objective(self, device: torch.device | str, world: World) -> Objective:
+        """What to minimise, on a device, in all processes together."""
+        terms = {"budget": self.budget, "distillation": self.distillation}
+        return Objective(self.target_rates, self.lossfact, self.topk, device, world, **terms)
 
     def parts(self, count: int, world: World) -> int:
         """In how many parts to compute a batch of `count`: BatchNorm needs two images of each part in every process."""
@@ -117,7 +127,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
     network, compiled = wrap(model, world, recipe.sync_bn, recipe.compile)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, state.first_bad.device, world)
+    objective = recipe.objective(state.first_bad.device, world)
     for epoch in range(state.epoch, recipe.last + 1):
         network.train()
         with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", len(train), "step", initial=state.step) as bar:
@@ -132,7 +142,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
                 for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
                     with torch.autocast(x.device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
                         logits, gates = forward(x, temperature=now.temperature, noise=g)
-                    loss, sums = objective(logits, y, gates, count, now.warm)
+                    loss, sums = objective(logits, y, gates, count, now.warm, x)
                     scaler.scale(loss).backward()
                     state.add(sums)
                 state.end_step(step, count)
@@ -150,11 +160,12 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
         lr, seconds = recipe.at(epoch, 1).lr, state.elapsed()
         record = {"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated}
         run.add_record(record)
-        is_best = state.end_epoch(validated["top1"])
+        settled = recipe.at(epoch, 1).warm in (None, 1)
+        is_best = state.end_epoch(validated["top1"], settled)
         run.save(state, is_best)
         board.update(run.records)
         say(epoch_line(record, recipe.epochs, recipe.last, model.gate_mode, is_best))
-        for warning in warnings_of(run.records, opened.tolist(), recipe.target_rates, model.gate_mode):
+        for warning in warnings_of(run.records, opened.tolist(), recipe, model.gate_mode, settled):
             say(warning)
 
 

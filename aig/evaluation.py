@@ -82,20 +82,21 @@ def evaluate(
     shapes |= {"gates": num_blocks, **dict.fromkeys(objective.names, ())}
     sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     costs, all_labels = [torch.zeros(0, dtype=dtype, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
-    for _, labels, logits, z in predictions(model, loader, seed, each_batch):
+    for images, labels, logits, z in predictions(model, loader, seed, each_batch):
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
         ones = torch.ones_like(labels, dtype=dtype)
         sums["by_class"].index_add_(0, labels, z.to(dtype))
         sums["class_counts"].index_add_(0, labels, ones)
         sums["executed"].index_add_(0, run.sum(1).nan_to_num().round().long(), ones)  # a broken net: counted as 0
         add(sums, gates=run.sum(0), **topk_correct(logits, labels, objective.topk))
-        add(sums, **objective.of_images(logits, labels, reduction="sum"))
+        add(sums, **objective.of_images(logits, labels, "sum", images))
         if cost:
             costs.append(cost.executed(run, gates=model.gate_mode != "all"))
             all_labels.append(labels)
     sums = loader.world.total(sums)
     gates = sums["by_class"].sum(0) / loader.num_images  # (L,)
-    sums |= {name: loader.num_images * term for name, term in objective.of_rates(gates).items()}
+    of_rates = objective.of_rates(gates) | objective.of_execution(sums["gates"] / loader.num_images)
+    sums |= {name: loader.num_images * term for name, term in of_rates.items()}
     by_class = sums["by_class"] / sums["class_counts"][:, None]
     counted = {}
     if cost:
@@ -227,8 +228,8 @@ def mean_of(results: list[Any]) -> Any:
 # ---------------------------------------------------------------------------------------------- the table
 
 
-def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -> str:
-    """The table that --test prints."""
+def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float] | None) -> str:
+    """The table that --test prints. A network trained to a budget has no target rates."""
     spread = {
         name: f" ± {value:.{2 if is_accuracy(name) else 4}f}"
         for name in result
@@ -237,21 +238,24 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float]) -
     terms = [f"{value:.4f} {name.removeprefix('loss_')}" for name, value in result.items() if is_term(name)]
     how = ", closed branches skipped" if result["skipping"] else ", closed branches computed and masked"
     how = ", which runs every branch" if mode in RUNS_EVERYTHING else how
-    threshold = f" at threshold {result['threshold']:g}" if mode == "argmax" else ""
+    many = isinstance(result["threshold"], list)
+    threshold = "a threshold for each gate" if many else f"threshold {result['threshold']:g}"
+    threshold = f" at {threshold}" if mode == "argmax" else ""
+    target = f"  (target {sum(target_rates) / len(target_rates):.4f})" if target_rates else ""
+    targets = [f" ({rate:.2f})" for rate in target_rates] if target_rates else [""] * len(result["gates"])
     lines = [
         f"gate mode {mode}{threshold}{how}: {result['images']:,} images, {result['images_per_second']:.0f} images/s",
         *(f"  {name:<15}{value:9.2f} %{spread.get(name, '')}" for name, value in result.items() if is_accuracy(name)),
         f"  loss           {result['loss']:9.4f}{spread.get('loss', '')}"
         f"  ({' + '.join(terms)})",
-        f"  execution rate {result['execution_rate']:9.4f}{spread.get('execution_rate', '')}"
-        f"  (target {sum(target_rates) / len(target_rates):.4f})",
+        f"  execution rate {result['execution_rate']:9.4f}{spread.get('execution_rate', '')}{target}",
         *describe_compute(result, masked=not result["skipping"] and mode not in RUNS_EVERYTHING),
         "",
-        "  open gates by block (target rate in brackets)",
+        f"  open gates by block{' (target rate in brackets)' if target_rates else ''}",
     ]
     cells = [
-        f"{block:3} {rate:.2f} ({target:.2f})"
-        for block, (rate, target) in enumerate(zip(result["gates"], target_rates, strict=True), start=1)
+        f"{block:3} {rate:.2f}{of_block}"
+        for block, (rate, of_block) in enumerate(zip(result["gates"], targets, strict=True), start=1)
     ]
     lines += ["   " + "  ".join(cells[i : i + 6]) for i in range(0, len(cells), 6)]
     rates = {name: rate for name, rate in result["classes"].items() if math.isfinite(rate)}

@@ -33,6 +33,7 @@ from convnet_aig import (
     FoldedGate,
     GatedBlock,
     check_gate_mode,
+    check_thresholds,
     conv_macs,
     draw_noise,
     log_odds,
@@ -241,7 +242,10 @@ class Accelerated(nn.Module):
         if self.gate_mode == "sample":
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return noise[..., 1] - noise[..., 0]
-        return x.new_full((self.num_gates, len(x)), -log_odds(self.threshold))
+        thresholds = check_thresholds(self.threshold, self.num_gates)
+        if not isinstance(self.threshold, Sequence):  # one number: no copy to the device
+            return x.new_full((self.num_gates, len(x)), -log_odds(self.threshold))
+        return -x.new_tensor([log_odds(threshold) for threshold in thresholds])[:, None].expand(-1, len(x))
 
     def chunk_size(self, x: Tensor) -> int:
         """How many of the images x go through the network together."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aig.distributed import ALONE, World
+from aig.terms import Budget, Distillation
 
 
 def target_rate_loss(rates: Tensor, target_rates: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ def topk_correct(logits: Tensor, labels: Tensor, ks: Sequence[int]) -> dict[str,
 
 
 class Objective:
-    """What training minimises: cross entropy + lossfact * target-rate loss.
+    """What training minimises: cross entropy + lossfact * target-rate loss, by default.
 
     Args:
         target_rates: t_l of each block.
@@ -40,6 +41,8 @@ class Objective:
         topk: the k of the accuracies.
         device: where the network is.
         world: the processes that share each batch.
+        budget: takes the place of the target rates.
+        distillation: a teacher.
     """
 
     def __init__(
@@ -49,27 +52,56 @@ class Objective:
         topk: Sequence[int] = (1,),
         device: torch.device | str = "cpu",
         world: World = ALONE,
+        budget: Budget | None = None,
+        distillation: Distillation | None = None,
     ) -> None:
         self.rates = torch.tensor(target_rates, dtype=sum_dtype(torch.device(device)), device=device)  # (L,)
         self.lossfact, self.topk, self.world = lossfact, tuple(topk), world
-        self.names = ("loss_classify", "loss_target", *(f"top{k}" for k in topk))  # of the sums, beside `gates`
+        self.budget, self.distillation = budget, distillation
+        terms = ("loss_classify", *(("loss_distill",) if distillation else ()), *self.of_rates(self.rates))
+        # of the sums, beside `gates`
+        self.names = (*terms, *self.of_execution(self.rates), *(f"top{k}" for k in topk))
 
-    def of_images(self, logits: Tensor, y: Tensor, reduction: str = "mean") -> dict[str, Tensor]:
-        """The terms that are means (or sums) over images, for logits (n, K) and labels (n,)."""
-        return {"loss_classify": F.cross_entropy(logits, y, reduction=reduction)}
+    def of_images(
+        self, logits: Tensor, y: Tensor, reduction: str = "mean", images: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The terms that are means (or sums) over images, for logits (n, K) and labels (n,).
+
+        A teacher needs the images themselves, (n, 3, H, W).
+        """
+        classify = F.cross_entropy(logits, y, reduction=reduction)
+        if not self.distillation:
+            return {"loss_classify": classify}
+        distill = self.distillation.term(logits, images, reduction)
+        return {"loss_classify": (1 - self.distillation.weight) * classify, "loss_distill": distill}
 
     def of_rates(self, rates: Tensor, warm: float | None = None) -> dict[str, Tensor]:
         """The terms that depend only on the gates' rates (L,) over the whole batch, or the whole set.
 
         `warm` is how far the target rates have come from 1 to their values, None for all the way.
         """
+        if self.budget:
+            return self.budget.terms(rates, 1 if warm is None else warm)
         target = self.rates.to(rates.dtype)
         if warm is not None:
             target = 1 - warm * (1 - target)
         return {"loss_target": self.lossfact * target_rate_loss(rates, target)}
 
+    def of_execution(self, rates: Tensor) -> dict[str, Tensor]:
+        """What is recorded of branches executed at these rates, (L,)."""
+        if not self.budget:
+            return {}
+        aim = torch.full_like(rates[0], self.budget.fraction)
+        return {"macs_fraction": self.budget.executed(rates), "macs_budget": aim}
+
     def __call__(
-        self, logits: Tensor, y: Tensor, gates: list[Tensor], batch_size: int, warm: float | None = None
+        self,
+        logits: Tensor,
+        y: Tensor,
+        gates: list[Tensor],
+        batch_size: int,
+        warm: float | None = None,
+        images: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of this process's n images of a batch of N, which may be computed in parts of N' images.
 
@@ -80,7 +112,7 @@ class Objective:
             logits, y: (n, K) and (n,).
             gates: z (n,) of each block.
             batch_size: N, of all processes and parts.
-            warm: see `of_rates`.
+            warm, images: see `of_rates` and `of_images`.
 
         Returns:
             The loss, and detached sums over this part in all processes: gates (L,), each term, top-k hits.
@@ -88,18 +120,19 @@ class Objective:
         dtype = torch.promote_types(logits.dtype, torch.float32)  # what was computed in 16 bits goes on in 32
         logits, z, count = logits.to(dtype), torch.stack(gates, dim=1).to(dtype), len(y)  # (n, K), (n, L)
         opened = z.sum(0)
-        of_images = self.of_images(logits, y)
+        of_images = self.of_images(logits, y, images=images)
         sums: dict[str, Tensor] = {}
-        add(sums, images=torch.full((), count, device=z.device), gates=opened.detach())
+        add(sums, count=torch.full((), count, device=z.device), gates=opened.detach())
         add(sums, **{name: term.detach() * count for name, term in of_images.items()})
         add(sums, **topk_correct(logits.detach(), y, self.topk))
         sums = self.world.total(sums)
-        images = sums.pop("images").to(dtype)
+        total = sums.pop("count").to(dtype)
         # DDP divides gradients by W, and each process differentiates only its own images: multiply by W
-        rates = (sums["gates"].to(dtype) + self.world.size * (opened - opened.detach())) / images
+        rates = (sums["gates"].to(dtype) + self.world.size * (opened - opened.detach())) / total
         of_rates = self.of_rates(rates, warm)
-        add(sums, **{name: term.detach() * images for name, term in of_rates.items()})
-        share, part = count * self.world.size / batch_size, images / batch_size
+        recorded = of_rates | self.of_execution(rates)
+        add(sums, **{name: term.detach() * total for name, term in recorded.items()})
+        share, part = count * self.world.size / batch_size, total / batch_size
         return sum(of_images.values()) * share + sum(of_rates.values()) * part, sums
 
 
@@ -119,7 +152,7 @@ def averages(sums: dict[str, Tensor], count: int) -> dict[str, float]:
 
     Reads from the device, once.
     """
-    names = sorted(name for name in sums if name.startswith(("loss_", "top")))
+    names = sorted(name for name in sums if name.startswith(("loss_", "top", "macs_")))
     *values, execution_rate = (torch.stack([*(sums[name] for name in names), sums["gates"].mean()]) / count).tolist()
     means = dict(zip(names, values, strict=True))
     loss = sum(mean for name, mean in means.items() if name.startswith("loss_"))

@@ -21,7 +21,8 @@ EXPLODED = 10  # times the cross entropy of guessing
 def brief(record: dict[str, Any]) -> str:
     """Loss, accuracies and execution rate of a record in one short line."""
     accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in record.items() if name.startswith("top"))
-    return f"loss {record['loss']:.4f}  {accuracies}  execution rate {record['execution_rate']:.3f}"
+    macs = f"  MACs {record['macs_fraction']:.3f} of {record['macs_budget']:g}" if "macs_budget" in record else ""
+    return f"loss {record['loss']:.4f}  {accuracies}  execution rate {record['execution_rate']:.3f}{macs}"
 
 
 def report_interval(print_freq: int, log_interval: int, bar: Any, world: World) -> int:
@@ -56,20 +57,47 @@ def check_health(model: nn.Module, loss: float, epoch: int) -> None:
 
 
 def warnings_of(
-    records: Sequence[dict[str, Any]], opened: Sequence[float], target_rates: Sequence[float], mode: str
+    records: Sequence[dict[str, Any]], opened: Sequence[float], recipe: Any, mode: str, settled: bool = True
 ) -> Iterator[str]:
     """What to say after the newest of the epochs recorded.
 
     Args:
         records: of the epochs so far; none in processes that keep none.
         opened: how often the gate of each block was open in training.
+        recipe: see `aig.engine.Recipe`; its target_rates, budget and fine_tunes count.
         mode: the gate mode of validation.
+        settled: whether the target rates have come down to their values.
     """
-    yield from filter(None, [collapsed(opened, target_rates)])
+    rates = recipe.target_rates
+    if settled:
+        yield from filter(None, [static(opened, rates) if recipe.budget else collapsed(opened, rates)])
     if not records:
         return
     validated = [record["val"] for record in records]
-    yield from filter(None, [exploded(validated), all_open(validated, target_rates, mode)])
+    hints = [spoiled(validated) if recipe.fine_tunes else None, exploded(validated), all_open(validated, rates, mode)]
+    yield from filter(None, hints)
+
+
+def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
+    """A warning if no gate decides image by image any more, though a budget asks for no rate of any one."""
+    of_gates = [rate for rate, target in zip(rates, target_rates, strict=True) if target < 1]
+    if not of_gates or any(STUCK <= rate <= 1 - STUCK for rate in of_gates):
+        return None
+    return (
+        "warning: every gate did the same for nearly every image, so the network is a smaller static one; "
+        "try --budget-floor, a smaller --lr or --lrfact"
+    )
+
+
+def spoiled(validated: Sequence[dict[str, Any]]) -> str | None:
+    """A warning if the first epoch has made a loaded network as bad as guessing."""
+    classes = len(validated[0]["classes"])
+    if len(validated) > 1 or classes < 2 or validated[0]["top1"] > 100 / classes:
+        return None
+    return (
+        f"warning: after the first epoch the loaded network is no better than guessing "
+        f"({validated[0]['top1']:.2f} %): try a smaller --lr"
+    )
 
 
 def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:

@@ -30,12 +30,12 @@ import filelock
 import numpy as np
 import torch
 
-from aig.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from aig.checkpoint import BEST, CHECKPOINT, TEST, load_checkpoint
 from aig.console import InputError, Interrupted, Signals, TrainingError, command, history, log
 from aig.distributed import ALONE, World
 from aig.environment import without_empty_folders
 
-ARGS, METRICS, TEST, MATRIX, LOG = "args.json", "metrics.jsonl", "test.json", "gates_by_class.npy", "log.txt"
+ARGS, METRICS, MATRIX, LOG = "args.json", "metrics.jsonl", "gates_by_class.npy", "log.txt"
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # each of them makes a folder one that holds a run
 LOCK = ".lock"
 PATIENCE = 10  # seconds to wait for a run folder; the image workers of a killed process keep it for 5

@@ -83,11 +83,14 @@ class State:
         """Seconds spent on the epoch."""
         return self.seconds + time.perf_counter() - self.started
 
-    def end_epoch(self, top1: float) -> bool:
-        """Goes on to the next epoch. Returns whether this one, of that validation accuracy, is the best so far."""
-        is_best = top1 > self.best
+    def end_epoch(self, top1: float, settled: bool = True) -> bool:
+        """Goes on to the next epoch. Returns whether this one, of that validation accuracy, is the best so far.
+
+        While target rates still come down (`settled` is False), the newest is the best: those before ran more branches.
+        """
+        is_best = top1 > self.best or not settled
         self.epoch, self.step, self.seen, self.sums, self.seconds = self.epoch + 1, 0, 0, {}, 0
-        self.best, self.started = max(self.best, top1), time.perf_counter()
+        self.best, self.started = max(self.best, top1) if settled else -1.0, time.perf_counter()
         return is_best
 
     def checkpoint(self) -> dict[str, Any]:

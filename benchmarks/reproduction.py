@@ -33,8 +33,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,6 +45,7 @@ from aig.console import InputError, Parser, number, run_command
 from aig.runs import ARGS, METRICS, TEST, read_json
 from convnet_aig import GATE_MODES
 
+Tests = Callable[[str, str], dict[str, list[str]]]  # name and flags of a training -> its tests, by key in test.json
 ROOT = Path(__file__).parent.parent
 RUNS = "runs"  # the folder below results/ that holds a folder for every run
 BEST_TEST = "test_best.json"  # as test.json, of model_best.pth.tar
@@ -100,7 +102,7 @@ def tests(name: str, flags: str) -> dict[str, list[str]]:
     return {mode: [*test, "--gate-mode", mode] for mode in GATE_MODES} | anew
 
 
-def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> None:
+def carry_out(name: str, flags: str, tests: Tests, data: str, threads: int, results: Path) -> None:
     """Trains and tests what is not done yet, and copies what is to be kept.
 
     Raises:
@@ -137,8 +139,11 @@ def carry_out(name: str, flags: str, data: str, threads: int, results: Path) -> 
             shutil.copyfile(best / TEST, kept / BEST_TEST)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__.split("\n")[0])
+def follow(
+    stages: Sequence[Sequence[tuple[str, str]]], tests: Tests, description: str, argv: Sequence[str] | None
+) -> None:
+    """Carries out a protocol, as the command line says: stages of (name, flags), each after the one before."""
+    parser = Parser(description=description)
     parser.add_argument("--data", required=True, metavar="DIR", help="holds train/ and test/, a folder per class")
     parser.add_argument("--only", default="", metavar="PREFIX", help="of the names of the trainings")
     parser.add_argument("--jobs", type=number(int, 1), default=2, help="trainings at a time")
@@ -147,18 +152,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="results are kept in DIR/runs/NAME")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
     args = parser.parse_args(argv)
-    runs = [(name, flags) for name, flags in protocol() if name.startswith(args.only)]
-    if not runs:
+    stages = [[(name, flags) for name, flags in stage if name.startswith(args.only)] for stage in stages]
+    if not any(stages):
         raise InputError(f"--only {args.only}: no training has such a name; see --list")
     if args.list:
-        for name, flags in runs:
+        for name, flags in chain.from_iterable(stages):
             for line in (training(name, flags, args.data), *tests(name, flags).values()):
                 print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(line)}")
         return
-    with ThreadPoolExecutor(args.jobs) as pool:
-        done = pool.map(lambda run: carry_out(*run, args.data, args.threads, args.results), runs)
-        for _ in tqdm(done, "trainings", len(runs), disable=None):
-            pass
+    total = sum(map(len, stages))
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(None, "trainings", total, disable=None) as bar:
+        for stage in stages:
+            for _ in pool.map(lambda run: carry_out(*run, tests, args.data, args.threads, args.results), stage):
+                bar.update()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    follow([list(protocol())], tests, __doc__.split("\n")[0], argv)
 
 
 if __name__ == "__main__":

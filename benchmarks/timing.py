@@ -13,7 +13,6 @@ from tqdm import tqdm
 from aig import distributed
 from aig.engine import AMP, Recipe, make_optimizer, set_lr, split, step_noise
 from aig.environment import device_name
-from aig.losses import Objective
 from aig.state import State
 from convnet_aig import AdaptiveResNet
 
@@ -63,7 +62,7 @@ def training_step(
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
     state = State(model, optimizer, scaler, 1, world)
-    objective = Objective(recipe.target_rates, recipe.lossfact, recipe.topk, device, world)
+    objective = recipe.objective(device, world)
 
     def step() -> None:
         now = recipe.at(1, 1)
@@ -74,7 +73,7 @@ def training_step(
         for x, y, g in split(network, batch, labels, noise, recipe.parts(count, world)):
             with torch.autocast(device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
                 logits, gates = forward(x, temperature=now.temperature, noise=g)
-            loss, sums = objective(logits, y, gates, count, now.warm)
+            loss, sums = objective(logits, y, gates, count, now.warm, x)
             scaler.scale(loss).backward()
             state.add(sums)
         state.end_step(1, count)

@@ -109,9 +109,9 @@ class WithPenalty(Objective):
         super().__init__(*args, **more)
         self.names += ("loss_penalty",)
 
-    def of_images(self, logits, y, reduction="mean"):
+    def of_images(self, logits, y, reduction="mean", images=None):
         penalty = 0.01 * logits.square().mean(1)
-        return super().of_images(logits, y, reduction) | {"loss_penalty": getattr(penalty, reduction)()}
+        return super().of_images(logits, y, reduction, images) | {"loss_penalty": getattr(penalty, reduction)()}
 
 
 def test_a_third_term_is_trained_recorded_and_in_the_table_of_a_test(monkeypatch):
@@ -138,8 +138,8 @@ def test_a_third_term_is_trained_recorded_and_in_the_table_of_a_test(monkeypatch
 
 def test_a_broken_third_term_is_noticed(monkeypatch):
     class Broken(WithPenalty):
-        def of_images(self, logits, y, reduction="mean"):
-            return super().of_images(logits, y, reduction) | {"loss_penalty": logits.sum() * math.nan}
+        def of_images(self, logits, y, reduction="mean", images=None):
+            return super().of_images(logits, y, reduction, images) | {"loss_penalty": logits.sum() * math.nan}
 
     monkeypatch.setattr(engine, "Objective", Broken)
     with pytest.raises(TrainingError, match="step 1"):

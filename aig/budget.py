@@ -1,0 +1,202 @@
+"""A budget of computation for a whole network: the term of the loss for training, the thresholds for a trained one.
+
+    net.threshold = aig.calibrate(net, loader, 0.7)
+
+A budget is a part of the dense network's multiply-accumulates; those of the gates count as executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from aig.console import progress_bar
+from aig.data import Loader
+from aig.inference import Macs, count_macs
+from aig.losses import sum_dtype
+from aig.terms import Budget
+from convnet_aig import AdaptiveResNet, check_thresholds
+
+PASSES, CLOSE = 8, 0.001  # at most so many over the images, until the budget is met so closely
+EXTREME = 30.0  # log-odds beyond which no gate's threshold is set: P(open) must differ from 1 in float64
+
+
+def make_budget(
+    model: AdaptiveResNet, size: tuple[int, int], fraction: float, weight: float, floor: bool, device: torch.device
+) -> Budget:
+    """The budget of a training with images of `size` (H, W).
+
+    With `floor`, no gate is to open for fewer than half as many images as if all gates had to save alike.
+
+    Raises:
+        ValueError: if the network cannot run on so little.
+    """
+    cost = count_macs(model, size)
+    least, most = reach(model, cost)
+    if fraction <= least:
+        raise ValueError(f"{fraction:g} is out of reach, {least:.3f} of the dense net always run")
+    branches = torch.tensor(cost.branches, dtype=sum_dtype(device), device=device) / cost.dense
+    fixed = (cost.stem + sum(cost.shortcuts) + sum(cost.gates) + cost.head) / cost.dense
+    alike = min(1, (fraction - least) / (most - least))
+    return Budget(fraction, weight, fixed, branches, floor=alike / 2 if floor else 0)
+
+
+def reach(model: AdaptiveResNet, cost: Macs) -> tuple[float, float]:
+    """The least and the most that images can execute. Raises ValueError if there are no gates."""
+    if not model.num_gates:
+        raise ValueError("this network has no gates")
+    shut = torch.tensor([[0.0 if block.gated else 1.0 for block in model.blocks()]])
+    return tuple(cost.executed(z).item() / cost.dense for z in (shut, torch.ones_like(shut)))
+
+
+# ---------------------------------------------------------------------------------------------- thresholds
+
+
+class Trial(NamedTuple):
+    """What a network does at certain thresholds.
+
+    Attributes:
+        odds: thresholds of the gates, as log-odds, (G,).
+        scores: the gates' log-odds for each image, (N, G).
+        loss: cross entropy.
+        executed: multiply-accumulates, as a part of the dense network's.
+    """
+
+    odds: Tensor
+    scores: Tensor
+    loss: float
+    executed: float
+
+
+def calibrate(model: AdaptiveResNet, loader: Loader, budget: float) -> float | list[float]:
+    """The thresholds at which mode "argmax" executes `budget`: one for all gates, or one for each.
+
+    One for each are such that a gate opens as often as it would when sampled, with log-odds that are all shifted by the
+    same amount. Of both ways the one with the lower loss is taken. What a gate sees depends on what others before it
+    decided, so thresholds are chosen from scores, tried, and chosen again, until they meet the budget.
+
+    Args:
+        model: stays as it is, in eval mode.
+        loader: images to choose on: neither those of training, if possible, nor ever those of the test.
+        budget: a part of the dense network's multiply-accumulates.
+
+    Raises:
+        ValueError: if thresholds cannot meet the budget.
+    """
+    cost = count_macs(model, loader.size)
+    least, most = reach(model, cost)
+    if not least < budget < most:
+        raise ValueError(f"{budget:g} is out of reach: from {least:.3f} to {most:.3f} of the dense net are executed")
+    usual = model.gate_mode, model.threshold
+    model.gate_mode = "argmax"
+    try:
+        first = attempt(model.eval(), loader, cost, torch.zeros(model.num_gates))
+        found = [search(model, loader, cost, budget, first, rule) for rule in (same_threshold, rates_as_sampled)]
+    finally:
+        model.gate_mode, model.threshold = usual
+    met = [trial for trial in found if abs(trial.executed - budget) < 10 * CLOSE]
+    if not met:
+        nearest = min((trial.executed for trial in found), key=lambda part: abs(part - budget))
+        raise ValueError(f"no thresholds execute {budget:g}, the nearest ones {nearest:.3f}")
+    best = min(met, key=lambda trial: trial.loss)
+    thresholds = torch.sigmoid(best.odds.double()).tolist()
+    return thresholds[0] if best is found[0] else check_thresholds(thresholds, model.num_gates)
+
+
+def search(
+    model: AdaptiveResNet,
+    loader: Loader,
+    cost: Macs,
+    budget: float,
+    trial: Trial,
+    rule: Callable[[Tensor, float], Tensor],
+) -> Trial:
+    """The trial that comes closest to the budget, of thresholds by the rule (scores (N, G), shift) -> (G,)."""
+    trials = [trial]
+    for _ in range(PASSES):
+        odds = bisect(rule, trials[-1].scores, model, cost, budget)
+        trials.append(attempt(model, loader, cost, odds))
+        if abs(trials[-1].executed - budget) < CLOSE:
+            break
+    return min(trials[1:], key=lambda tried: abs(tried.executed - budget))
+
+
+def bisect(
+    rule: Callable[[Tensor, float], Tensor], scores: Tensor, model: AdaptiveResNet, cost: Macs, budget: float
+) -> Tensor:
+    """The thresholds (G,) by the rule with which these scores (N, G) would execute the budget."""
+    low, high = -EXTREME, EXTREME  # a larger shift executes more
+    for _ in range(50):
+        middle = (low + high) / 2
+        if executed(scores > rule(scores, middle), model, cost) < budget:
+            low = middle
+        else:
+            high = middle
+    return rule(scores, high)
+
+
+def same_threshold(scores: Tensor, shift: float) -> Tensor:
+    """One threshold for all gates."""
+    return scores.new_full(scores.shape[1:], -shift)
+
+
+def rates_as_sampled(scores: Tensor, shift: float) -> Tensor:
+    """Thresholds at which gates open as often as samples of their shifted scores would."""
+    rates = torch.sigmoid(scores + shift).mean(0)  # (G,)
+    ordered, count = scores.sort(0, descending=True).values, len(scores)  # (N, G)
+    opened = (rates * count).round().long()  # so many of the highest scores
+    padded = F.pad(ordered, (0, 0, 1, 1))  # a row above and one below
+    padded[0], padded[-1] = ordered[0] + 1, ordered[-1] - 1
+    places = torch.stack([opened, opened + 1])
+    return padded.gather(0, places).mean(0).clamp(-EXTREME, EXTREME)
+
+
+def executed(opened: Tensor, model: AdaptiveResNet, cost: Macs) -> float:
+    """The mean part of the dense network that images execute if their gates (N, G) are open so."""
+    z = torch.ones(len(opened), sum(model.stages), device=opened.device)
+    z[:, [block.gated for block in model.blocks()]] = opened.to(z.dtype)
+    return cost.executed(z).mean().item() / cost.dense
+
+
+@torch.inference_mode()
+def attempt(model: AdaptiveResNet, loader: Loader, cost: Macs, odds: Tensor) -> Trial:
+    """Runs the network at these thresholds, as log-odds (G,)."""
+    model.threshold = torch.sigmoid(odds.double()).tolist()
+    total, opened, batches = 0.0, [], []
+    with recorded_scores(model) as scores:
+        for images, labels in progress_bar(loader.batches(), "calibrating", len(loader), "batch"):
+            logits, gates = model(images)
+            total += F.cross_entropy(logits.double(), labels, reduction="sum")
+            gated = [z for z, block in zip(gates, model.blocks(), strict=True) if block.gated]
+            opened.append(torch.stack(gated, dim=1))
+            batches.append(torch.stack(scores, dim=1))  # (n, G)
+            scores.clear()
+    return Trial(odds, torch.cat(batches), float(total) / loader.num_images, executed(torch.cat(opened), model, cost))
+
+
+@contextmanager
+def recorded_scores(model: AdaptiveResNet) -> Iterator[list[Tensor]]:
+    """A list to which each gate that decides adds its log-odds (n,)."""
+    scores: list[Tensor] = []
+
+    def recording(gate_logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def record(x: Tensor) -> Tensor:
+            logits = gate_logits(x)
+            scores.append(logits[:, 1] - logits[:, 0])
+            return logits
+
+        return record
+
+    gated = [block for block in model.blocks() if block.gated]
+    for block in gated:
+        block.gate_logits = recording(block.gate_logits)
+    try:
+        yield scores
+    finally:
+        for block in gated:
+            del block.gate_logits

@@ -1,0 +1,395 @@
+"""Networks that exist already: rebuilt from a file, given gates, as the start of a training, as its teacher.
+
+    net = aig.load("runs/NAME")             # a run folder or a checkpoint; only keys and shapes in the file count
+    net = aig.gate(torchvision.models.resnet50(weights="DEFAULT"))
+
+Weights of torchvision and timm come under their names and leave under ours: `downsample` is `shortcut`, `fc` is
+`linear`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aig import distributed
+from aig.checkpoint import (
+    BEST,
+    CHECKPOINT,
+    TEST,
+    checkpoint_in,
+    is_state_dict,
+    load_checkpoint,
+    load_safely,
+    load_weights,
+    recorded,
+    without_prefixes,
+)
+from aig.console import InputError
+from aig.data import DATASETS, IMAGENET_STATISTICS, Loader
+from aig.images import Normaliser, Preprocess
+from aig.inference import accelerate
+from convnet_aig import (
+    GATE_LAYERS,
+    AdaptiveResNet,
+    BasicBlock,
+    Bottleneck,
+    ResNet_cifar,
+    ResNet_ImageNet,
+    check_thresholds,
+    log_odds,
+)
+
+OPEN = 0.95  # of new gates of a trained network; at the paper's 0.87 a sample of 16 blocks would lose two of them
+HUB = "torchvision"
+PLAIN = re.compile(r"(conv1|bn1|fc|linear|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))")
+WITHOUT_WEIGHTS = (nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d, nn.Flatten, nn.MaxPool2d)  # of a plain ResNet
+
+
+# ---------------------------------------------------------------------------------------------- from a file
+
+
+def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
+    """The trained network of a checkpoint, or of a run folder (its best model), on the CPU, in eval mode.
+
+    It is rebuilt from the keys and shapes in the file, so the original's files load, too. Beside the network's own
+    attributes it has `classes`, the names of its K classes (numbers if the file records none), and `preprocess`, which
+    makes its input (3, H, W) of a PIL image of any size.
+
+    Args:
+        budget: take the thresholds that `--test --budget` found for this part of the dense net's multiply-accumulates.
+
+    Raises:
+        InputError: if there is no such file, it holds no ConvNet-AIG, or no thresholds were found for the budget.
+    """
+    file = checkpoint_in(path, BEST, CHECKPOINT)
+    checkpoint = load_checkpoint(file)
+    own = recorded(checkpoint)
+    model = rebuild(checkpoint["state_dict"], own.get("block_rates"), file)
+    num_classes = model.linear.out_features
+    model.classes = own.get("classes") or [str(index) for index in range(num_classes)]
+    if len(model.classes) != num_classes:
+        raise InputError(f"{file} names {len(model.classes)} classes, but its network has {num_classes}")
+    photographs = isinstance(model, ResNet_ImageNet)
+    source = DATASETS.get(str(own.get("dataset", "cifar10")), DATASETS["cifar10"])
+    size = own.get("image_size", 224) if photographs else source.size
+    usual = IMAGENET_STATISTICS if photographs else source.statistics or IMAGENET_STATISTICS
+    mean, std = (own["mean"], own["std"]) if "mean" in own else usual
+    if type(size) is not int or not 8 <= size <= 4096:
+        raise InputError(f"{file}: its image_size is malformed; not a checkpoint of this program")
+    model.preprocess = Preprocess(size, mean, std, photographs)
+    threshold = own.get("threshold", 0.5)
+    model.threshold = threshold if isinstance(threshold, float) and 0 < threshold < 1 else 0.5
+    if budget is not None:
+        model.threshold = calibrated_thresholds(file, budget, model.num_gates)
+    return model.eval()
+
+
+def calibrated_thresholds(file: Path, budget: float, num_gates: int) -> float | list[float]:
+    """The thresholds that test.json beside a checkpoint keeps for a budget. Raises InputError if there are none."""
+    path, key = file.with_name(TEST), f"argmax@budget={budget:g}"
+    try:
+        result = json.loads(path.read_text()).get(key)
+    except FileNotFoundError:
+        result = None
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: move it away") from error
+    if not result or result.get("checkpoint") != file.name:
+        how = f"run --test --budget {budget:g} first"
+        raise InputError(f"{path} has no thresholds of {file.name} for this budget: {how}")
+    try:
+        check_thresholds(result["threshold"], num_gates)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: the threshold of {key} is unfit: {error}") from error
+    return result["threshold"]
+
+
+def rebuild(state: dict[str, Tensor], rates: Sequence[float] | None, source: str | Path) -> AdaptiveResNet:
+    """The network with these weights: block type, widths, stages, gates and classes follow from keys and shapes.
+
+    Args:
+        rates: the target rates recorded of it, if any.
+
+    Raises:
+        InputError: naming the source, if they are not those of a ConvNet-AIG.
+    """
+    try:
+        gated = [f"{place}.{GATE_LAYERS[0]}.weight" in state for place in block_places(state)]
+        with torch.device("meta"):
+            # all that matters here is whether there is a gate
+            model = build_like(state, [0.0 if gate else 1.0 for gate in gated])
+    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise InputError(f"{source} holds no ConvNet-AIG ({error})") from error
+    model.to_empty(device="cpu")
+    for statistics in model.buffers():  # PyTorch 0.3 saved no counts of batches
+        statistics.zero_()
+    load_weights(model, state, source)
+    known = rates is not None and [rate < 1 for rate in rates] == gated
+    model.target_rates = list(rates) if known else None
+    return model
+
+
+def build_like(state: dict[str, Tensor], rates: Sequence[float] | None) -> AdaptiveResNet:
+    """A new network of the structure of these weights, with these target rates.
+
+    Raises:
+        KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError: if they are not a ResNet's.
+    """
+    num_classes, photographs = len(state["linear.weight"]), state["conv1.weight"].shape[-1] == 7
+    places = block_places(state)
+    stages = [sum(place.startswith(f"layer{stage}.") for place in places) for stage in range(1, 4 + photographs)]
+    if 0 in stages or sum(stages) < len(places):
+        raise ValueError(f"{len(places)} blocks, {stages} of them in the stages that it should have")
+    if not any(".conv3." in key for key in state):
+        return (ResNet_ImageNet if photographs else ResNet_cifar)(BasicBlock, stages, num_classes, rates)
+    if not photographs:
+        return ResNet_cifar(Bottleneck, stages, num_classes, rates)
+    width, in_group = state["layer1.0.conv2.weight"].shape[:2]
+    groups = width // in_group
+    return ResNet_ImageNet(Bottleneck, stages, num_classes, rates, groups, width // groups)
+
+
+def block_places(state: dict[str, Tensor]) -> list[str]:
+    """Where the residual blocks of a state_dict are: layer1.0, layer1.1, ..."""
+    found = {match.group(0) for key in state if (match := re.match(r"layer[0-9]+\.[0-9]+(?=\.)", key))}
+    return sorted(found, key=lambda place: [int(number) for number in place[5:].split(".")])
+
+
+# ---------------------------------------------------------------------------------------------- gates for a network
+
+
+def gate(model: nn.Module, target_rates: Sequence[float] | None = None, probability: float = OPEN) -> AdaptiveResNet:
+    """A trained plain ResNet with a gate at every block: torchvision's, timm's of the same structure, or ours.
+
+    In gate mode "all" the outputs are those of `model`. The weights are copied.
+
+    Args:
+        model: (N, 3, H, W) -> logits (N, K).
+        target_rates: one per block; blocks at 1 get no gate. None gates every block.
+        probability: P(open) of the new gates, strictly between 0 and 1. They start nearly open, because the trained
+            network was never used without one of its blocks.
+
+    Raises:
+        ValueError: naming the module that a plain ResNet does not have, or if target_rates do not fit.
+    """
+    check_plain(model)
+    example = next(model.parameters())
+    state = our_names(model.state_dict())
+    try:
+        gated = build_like(state, target_rates)
+    except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"not a plain ResNet: {error!r}") from error
+    check_twin(model, gated)
+    fresh = {key: value for key, value in gated.state_dict().items() if is_gate(key)}
+    try:
+        load_weights(gated, {**state, **fresh}, type(model).__name__)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+    open_gates(gated, fresh, probability)
+    gated.to(example.device, example.dtype)
+    check_outputs(model, gated)
+    for name in ("classes", "preprocess"):  # as `load` sets them
+        if hasattr(model, name):
+            setattr(gated, name, getattr(model, name))
+    return gated.eval()
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError naming the first module that is in no plain ResNet."""
+    for name, module in model.named_modules():
+        if any(True for _ in module.children()) or (isinstance(module, nn.Sequential) and not len(module)):
+            continue
+        if PLAIN.fullmatch(name) and isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+            continue
+        if not isinstance(module, WITHOUT_WEIGHTS):
+            raise ValueError(f"{name} ({type(module).__name__}) does not fit: a plain ResNet has no such module")
+
+
+def check_twin(model: nn.Module, twin: AdaptiveResNet) -> None:
+    """Raises ValueError naming the first layer that computes something else than its counterpart."""
+    theirs = {our_name(name): (name, module) for name, module in model.named_modules()}
+    for ours, module in twin.named_modules():
+        if ours not in theirs or not isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d)):
+            continue
+        name, other = theirs[ours]
+        for setting in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps"):
+            wanted, found = (pair(getattr(each, setting, None)) for each in (module, other))
+            if wanted != found:
+                raise ValueError(f"{name} does not fit: its {setting} is {found} instead of {wanted}")
+
+
+def pair(value: Any) -> Any:
+    """A setting of a layer, a number for both sides as the two of them."""
+    return (value, value) if isinstance(value, int) else value
+
+
+@torch.no_grad()
+def check_outputs(model: nn.Module, gated: AdaptiveResNet) -> None:
+    """Raises ValueError unless both classify noise alike, as they do not if `model` has a forward pass of its own."""
+    example, training, mode = next(model.parameters()), model.training, gated.gate_mode
+    noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(example)
+    gated.gate_mode = "all"
+    wanted, found = model.eval()(noise), gated.eval()(noise)[0]
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted  # of our own networks
+    model.train(training)
+    gated.gate_mode = mode
+    if not (found - wanted).abs().max() <= 1e-3 * wanted.abs().max():
+        raise ValueError(f"{type(model).__name__} does not fit: it computes something else than its layers in turn")
+
+
+def our_name(name: str) -> str:
+    """A module or key of torchvision and timm under our name."""
+    name = name.replace(".downsample", ".shortcut")
+    return f"linear{name[2:]}" if name == "fc" or name.startswith("fc.") else name
+
+
+def our_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {our_name(key): value for key, value in state.items()}
+
+
+def is_gate(key: str) -> bool:
+    """Whether a key of a state_dict is of a gate."""
+    return key.split(".")[-2] in GATE_LAYERS
+
+
+def open_gates(model: AdaptiveResNet, fresh: dict[str, Tensor], probability: float = OPEN) -> None:
+    """Has the gates whose keys are in `fresh` start open with this probability."""
+    for name, block in model.named_modules():
+        if f"{name}.{GATE_LAYERS[-1]}.bias" in fresh:
+            last = getattr(block, GATE_LAYERS[-1])  # gives the two logits
+            last.bias.data.copy_(torch.tensor([0, log_odds(probability)]))
+
+
+# ---------------------------------------------------------------------------------------------- for a training
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The weights of a trained network.
+
+    Attributes:
+        source: what they were asked for by.
+        state: a state_dict under our names.
+        args: what a checkpoint of ours records with them.
+    """
+
+    source: str
+    state: dict[str, Tensor]
+    args: dict[str, Any] = field(default_factory=dict)
+
+    def load_into(self, model: AdaptiveResNet) -> str:
+        """Starts a network from them. Gates that they lack, and a head for other classes, stay fresh.
+
+        Returns:
+            A line that says what was loaded.
+
+        Raises:
+            InputError: if keys are missing, left over or of another shape.
+        """
+        own = model.state_dict()
+        fresh = {key: value for key, value in own.items() if is_gate(key) and key not in self.state}
+        head, heads = "", ("linear.weight", "linear.bias")
+        if "linear.weight" in self.state and self.state["linear.weight"].shape != own["linear.weight"].shape:
+            fresh |= {key: own[key] for key in heads}
+            head = f" and the head (it has {len(self.state['linear.weight'])} classes)"
+        load_weights(model, {**self.state, **fresh}, self.source)
+        open_gates(model, fresh)
+        gates, loaded = sum(map(is_gate, fresh)), len(self.state.keys() - fresh.keys())
+        opened = f", which are open with probability {OPEN:g}" if gates else ""
+        return f"{self.source}: {loaded} tensors loaded; fresh: the {gates} tensors of the gates{opened}{head}"
+
+
+def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
+    """Weights to start from, or of a teacher.
+
+    Args:
+        source: a checkpoint of ours, a run folder (its best model), a file of torchvision or timm (.pth or
+            .safetensors), or "torchvision[:NAME]" for torchvision's weights NAME, IMAGENET1K_V1 by default.
+        arch: torchvision's name of the net, such as "resnet50".
+
+    Raises:
+        InputError: if they cannot be had.
+    """
+    if source.partition(":")[0] == HUB:
+        return Pretrained(source, our_names(download(source, arch)))
+    file = checkpoint_in(source, BEST, CHECKPOINT)
+    found = read_safetensors(file) if file.suffix == ".safetensors" else load_safely(file)
+    state = found.get("state_dict", found) if isinstance(found, dict) else found
+    if not is_state_dict(state):
+        raise InputError(f"{source} holds no state_dict of tensors: not a ResNet of ours, torchvision or timm")
+    args = recorded(load_checkpoint(file)) if state is not found else {}
+    return Pretrained(source, our_names(without_prefixes(state)), args)
+
+
+def download(source: str, arch: str | None) -> dict[str, Tensor]:
+    """torchvision's own weights of a net; of several processes the first one fetches them. Raises InputError."""
+    import torchvision  # here, because importing it takes seconds
+
+    name = source.partition(":")[2] or "IMAGENET1K_V1"
+    if arch is None:
+        raise InputError(f"{source}: torchvision has no weights of networks for small images; give a file")
+    weights = torchvision.models.get_model_weights(arch)
+    if name not in weights.__members__:
+        raise InputError(f"{source}: torchvision has {', '.join(weights.__members__)} of {arch}")
+    try:
+        with distributed.world().main_first():
+            return weights[name].get_state_dict(check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{source}: cannot download the weights ({error})") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises InputError if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error})") from error
+
+
+def fingerprint(source: str) -> str | None:
+    """The SHA-256 of the file behind `source`; None for torchvision's, which are checked when they are fetched."""
+    if source.partition(":")[0] == HUB:
+        return None
+    return hashlib.sha256(checkpoint_in(source, BEST, CHECKPOINT).read_bytes()).hexdigest()
+
+
+def load_teacher(
+    source: str, arch: str | None, loader: Loader, device: torch.device | str
+) -> Callable[[Tensor], Tensor]:
+    """A trained network as a function from a loader's images (n, 3, H, W) to logits (n, K).
+
+    It decides as `load` leaves it, reads nothing from the device, and gets the images normalised as its own were.
+
+    Args:
+        source, arch: see `read_pretrained`.
+
+    Raises:
+        InputError: if it cannot be read, or knows other classes.
+    """
+    pretrained = read_pretrained(source, arch)
+    model, own = rebuild(pretrained.state, pretrained.args.get("block_rates"), source), pretrained.args
+    if len(loader.classes) != model.linear.out_features:
+        known = model.linear.out_features
+        raise InputError(f"the teacher {source} knows {known} classes, but the images have {len(loader.classes)}")
+    if own.get("classes", loader.classes) != loader.classes:
+        raise InputError(f"the classes of the teacher {source} are not those of the images")
+    network = accelerate(model.to(device))
+    network.conditional = False  # to skip it would wait for the device
+    theirs = Normaliser(own["mean"], own["std"], device) if "mean" in own else loader.normaliser
+    same = torch.equal(theirs.mean, loader.normaliser.mean) and torch.equal(theirs.std, loader.normaliser.std)
+
+    def teacher(images: Tensor) -> Tensor:
+        return network(images if same else theirs(loader.normaliser.pixels(images)))[0]
+
+    return teacher

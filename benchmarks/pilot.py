@@ -1,0 +1,60 @@
+"""Which recipe to gate a trained network with? The trainings behind results/pilot.md, one line each.
+
+    python -m benchmarks.pilot --data DIR           # all that is not done yet; DIR holds train/ and test/
+    python -m benchmarks.pilot --data DIR --list    # the commands
+
+A pilot: one seed, 15 epochs in all, far from converged. It chooses recipes and learning rates for longer runs, on
+5,000 held-out training images (the last record of metrics.jsonl); the test images are only reported. Every arm has
+trained for 15 epochs of 45,000 images at its end: 10 of the teacher, a plain ResNet-20, and 5 of its own, or all 15
+from scratch. All have the same cosine schedule, Nesterov's momentum and weight decay. This file is the protocol: it is
+committed before its first training.
+
+First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on. Then, each
+at the rate that was best for it: target rates against a budget, with and without distillation, with and without a
+floor; static nets at a comparable cost, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without
+distillation; AIG from scratch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from aig.checkpoint import CHECKPOINT
+from aig.console import run_command
+from benchmarks.reproduction import follow
+
+TEACHER = f"runs/pilot-teacher/{CHECKPOINT}"
+SHARED = "--batch-size 128 --val-size 5000 --lr-schedule cosine --nesterov --compile --seed 1"
+SCRATCH = f"--depth 20 --epochs 15 --lr 0.1 {SHARED}"
+SMALLER = SCRATCH.replace("--depth 20", "--depth 14")
+TUNED = f"--depth 20 --epochs 5 --pretrained {TEACHER} {SHARED}"
+GATED = f"{TUNED} --no-gate-decay --lrfact 5"
+DISTILL = f"--distill {TEACHER}"
+RATES = (0.01, 0.02, 0.05)
+
+STAGES = (
+    {"teacher": f"{SCRATCH.replace('15', '10')} --target 1", "scratch-plain": f"{SCRATCH} --target 1"},
+    {f"budget-distill-lr{lr}": f"{GATED} --budget 0.6 {DISTILL} --lr {lr}" for lr in RATES}
+    | {f"control-lr{lr}": f"{TUNED} --target 1 --lr {lr}" for lr in RATES}
+    | {"smaller": f"{SMALLER} --target 1", "smaller-distill": f"{SMALLER} --target 1 {DISTILL}"},
+)
+
+
+def tests(name: str, flags: str) -> dict[str, list[str]]:
+    """The command lines that test the last epoch, by their key in test.json."""
+    test = ["train.py", "--test", "--resume", f"runs/{name}/{CHECKPOINT}"]
+    if "--target 1" in flags:  # without gates all modes are the same
+        return {"argmax": test}
+    budgets = re.findall(r"--budget (\S+)", flags) or ["0.6", "0.75"]
+    calibrated = {f"argmax@budget={budget}": [*test, "--budget", budget] for budget in budgets}
+    return {mode: [*test, "--gate-mode", mode] for mode in ("argmax", "sample")} | calibrated
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    stages = [[(f"pilot-{name}", flags) for name, flags in stage.items()] for stage in STAGES]
+    follow(stages, tests, __doc__.split("\n")[0], argv)
+
+
+if __name__ == "__main__":
+    run_command(main, "pilot")
