@@ -25,7 +25,7 @@ from gumbelmodule import gumbel_noise, gumbel_softmax
 
 GATE_MODES = ("argmax", "sample", "expected", "all")
 RUNS_EVERYTHING = ("expected", "all")  # the modes that execute every branch
-GATE_LAYERS = ("fc1", "fc1bn", "fc2")  # of a block, by the names in the public parameter keys
+GATE_LAYERS = ("fc1", "fc1bn", "fc2")  # of a block, by the names in the public parameter keys; the last gives logits
 GATE_WIDTH = 16  # hidden units of a gate
 
 
@@ -418,7 +418,7 @@ class ResNet_ImageNet(AdaptiveResNet):
         features = self.build_stages(block, layers, (64, 128, 256, 512), target_rates, **width)
         self.linear = nn.Linear(features, num_classes)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Conv2d) and not name.endswith("fc2"):
+            if isinstance(module, nn.Conv2d) and not name.endswith(GATE_LAYERS[-1]):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 

@@ -18,7 +18,7 @@ from aig.checkpoint import recorded
 from aig.console import Parser, number, run_command
 from aig.data import DATASETS
 from aig.environment import derive_seed
-from convnet_aig import BasicBlock, ResNet_cifar
+from convnet_aig import GATE_LAYERS, BasicBlock, ResNet_cifar
 
 MILESTONES, EPOCHS = (150, 250), 350  # of the paper's schedule
 
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = make_model(args, len(loaders.val.classes))
     earlier = recorded(checkpoint).get("lr_milestones")  # a run that goes on keeps its own, however long it is to be
     milestones = args.milestones if args.milestones is not None else earlier or scaled_milestones(args.epochs)
-    values = {"milestones": milestones, "topk": (1,), "gate_layers": ("fc2",)}
+    values = {"milestones": milestones, "topk": (1,), "gate_layers": GATE_LAYERS[-1:]}
     recipe = utils.make_recipe(args, checkpoint, loaders, model, **values)
     utils.run(args, checkpoint, loaders, model, recipe, pretrained)
 

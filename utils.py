@@ -28,6 +28,7 @@ AUTO = "auto"
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
 PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "workers")
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
+IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
 BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # found by a pilot, see docs/training.md
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
@@ -387,7 +388,7 @@ def run(
 
 
 def prepare(
-    args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet, pretrained: Pretrained | None
+    args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet, pretrained: Pretrained | None = None
 ) -> None:
     """Gives the model its weights, device and gate mode. Raises InputError if these do not fit."""
     device = select_device(args)
@@ -536,6 +537,13 @@ def make_state(
         if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
             state.best = -1.0
             say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+        changed = [name for name in IMAGES if own.get(name) != vars(args).get(name)]
+        if checkpoint.get("step") and changed:
+            flag = changed[0].replace("_", "-")
+            raise InputError(
+                f"--{flag}: {args.resume} stopped in the middle of epoch {checkpoint['epoch']}, which goes on "
+                f"only with what it began with; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
+            )
         enter_epoch(state, checkpoint, train, recipe.objective(device, world), args.resume)
     if [state.epoch, state.step] != [-number for number in world.all_max(-state.epoch, -state.step)]:
         raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")

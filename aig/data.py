@@ -11,6 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,19 +62,29 @@ class SmallImages:
 # ---------------------------------------------------------------------------------------------- small images: reading
 
 
+@contextmanager
+def downloading(name: str, root: Path, otherwise: str = "") -> Iterator[None]:
+    """Around the download of a data set into `root`: of several processes the first one does it.
+
+    Raises:
+        InputError: if it cannot be had; `otherwise` says what to do then.
+    """
+    try:
+        with distributed.world().main_first(), without_empty_folders(root):
+            yield
+    except (OSError, RuntimeError) as error:
+        how = otherwise or "try --dataset digits, which needs no download"
+        raise InputError(f"{name} is not in {root} and cannot be downloaded: {how}") from error
+
+
 def load_cifar(name: str, root: Path, train: bool) -> SmallImages:
     """CIFAR from `root`, downloaded if it is not there. Raises InputError if it cannot be had."""
     from torchvision import datasets  # here, because importing torchvision takes seconds
 
     source = getattr(datasets, name)
-    try:
-        with distributed.world().main_first(), without_empty_folders(root):
-            found = source(root, train, download=True)  # downloads only what is not there
-    except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{name} is not in {root} and cannot be downloaded: put {source.filename} (from {source.url}) into "
-            f"{root}, or try --dataset digits, which needs no download"
-        ) from error
+    archive = f"put {source.filename} (from {source.url}) into {root}, or try --dataset digits, which needs no download"
+    with downloading(name, root, archive):
+        found = source(root, train, download=True)  # downloads only what is not there
     return SmallImages(torch.from_numpy(found.data), torch.tensor(found.targets), list(found.classes))
 
 

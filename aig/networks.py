@@ -358,10 +358,18 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def fingerprint(source: str) -> str | None:
-    """The SHA-256 of the file behind `source`; None for torchvision's, which are checked when they are fetched."""
+    """The SHA-256 of the file behind `source`; None for torchvision's, which are checked when they are fetched.
+
+    Raises:
+        InputError: if there is no such file.
+    """
     if source.partition(":")[0] == HUB:
         return None
-    return hashlib.sha256(checkpoint_in(source, BEST, CHECKPOINT).read_bytes()).hexdigest()
+    file = checkpoint_in(source, BEST, CHECKPOINT)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"no checkpoint at {file}") from error
 
 
 def load_teacher(

@@ -293,13 +293,14 @@ def test_extending_by_backbones(checkout, image_folder):
     start = "ARCHS: dict[str, tuple] = {\n"
     checkout.edit("convnet_aig.py", lambda text: text.replace(start, start + BACKBONES))
     image_folder(checkout.path / "images", train=4, val=2)
-    for arch in ("resnet18", "resnext50_32x4d"):
+    for arch, groups in (("resnet26", ()), ("resnext26_32x4d", (32, 4))):
         checkout.run(*f"python train_img.py --arch {arch} --image-size 32 --workers 0 --batch-size 4 --lr 0.001 "
                      f"--epochs 1 --expname {arch} images".split())
         checkout.run("python", "train_img.py", "--test", "--resume", f"runs/{arch}")
         checkout.run("python", "-c", (
             f"import aig; net = aig.load('runs/{arch}')\n"
-            f"from torchvision.models import {arch}; theirs = {arch}(num_classes=2)\n"
+            "from torchvision.models.resnet import Bottleneck, ResNet\n"
+            f"theirs = ResNet(Bottleneck, [2] * 4, 2, False, *{groups})\n"
             "sizes = [p.numel() for name, p in net.named_parameters() if '.fc' not in name]\n"
             "assert sum(sizes) == sum(p.numel() for p in theirs.parameters())"
         ))

@@ -23,8 +23,9 @@ def record(epoch=1, loss=1.0, top1=60.0, gates=USUAL, classes=4):
     return {"epoch": epoch, "lr": 0.01, "seconds": 90.0, "train": val, "val": val}
 
 
-def said(*records, opened=USUAL, mode="argmax", rates=RATES):
-    return list(reports.warnings_of(records, opened, rates, mode))
+def said(*records, opened=USUAL, mode="argmax", rates=RATES, budget=None, fine_tunes=False, settled=True):
+    recipe = SimpleNamespace(target_rates=rates, budget=budget, fine_tunes=fine_tunes)
+    return list(reports.warnings_of(records, opened, recipe, mode, settled))
 
 
 def test_a_usual_epoch_gives_no_warning():
@@ -95,6 +96,25 @@ def test_a_gate_that_always_did_the_same_has_collapsed():
     assert "5 (open, target 0.5), ...;" in many
 
 
+def test_gates_may_be_open_for_all_or_none_under_a_budget_unless_all_of_them_are():
+    assert said(record(), opened=[1.0, 0.3, 1.0], budget=object()) == []
+    (line,) = said(record(), opened=[1.0, 0.0, 1.0], budget=object())
+    assert line.startswith("warning: every gate did the same for nearly every image")
+    assert said(record(), opened=[1.0, 1.0, 1.0], rates=[1, 1, 1], budget=object()) == []  # no gates
+
+
+def test_gates_that_are_open_while_the_targets_come_down_are_no_collapse():
+    assert said(record(), opened=[1.0, 1.0, 1.0], settled=False) == []
+
+
+def test_a_loaded_network_that_the_first_epoch_has_spoilt_is_a_warning():
+    (line,) = said(record(top1=25.0), fine_tunes=True)
+    assert line.startswith("warning: after the first epoch the loaded network is no better than guessing (25.00 %)")
+    assert said(record(top1=26.0), fine_tunes=True) == []
+    assert said(record(top1=25.0)) == []  # as a new network may be
+    assert said(record(top1=26.0), record(2, top1=25.0), fine_tunes=True) == []
+
+
 def test_a_process_without_records_warns_of_collapsed_gates_only():
     assert said() == []
     assert len(said(opened=[0.0, 0.4, 1.0])) == 1
@@ -110,6 +130,11 @@ def test_an_epoch_is_one_line():
         "val (argmax): loss 1.0000  top1 60.00 %  top5 90.00 %  execution rate 0.500  (best)  90 s, 3 min left"
     )
     assert "(best)" not in reports.epoch_line(record(4), 10, 6, "argmax", is_best=False)
+
+
+def test_what_a_budget_has_come_to_is_beside_it():
+    assert reports.brief(record()["val"] | {"macs_fraction": 0.6123, "macs_budget": 0.6}).endswith(
+        "execution rate 0.500  MACs 0.612 of 0.6")
 
 
 def test_reports_come_more_often_on_a_terminal_and_in_every_process_alike():

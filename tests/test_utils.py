@@ -2,15 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from steps import small_net
 
+import aig
 import train
 import train_img
 import utils
@@ -58,11 +61,12 @@ def resume_altered(folder, into, **args):
 
 def values(script, *argv, classes=10):
     """The recipe of a command line."""
-    args = script.make_parser().parse_args([str(value) for value in argv])
+    args = utils.settle(script.make_parser().parse_args([str(value) for value in argv]))
     rates = () if script is train else (train_img.block_rates(args),)
     model = script.make_model(args, classes, *rates)
     topk = (1,) if script is train else (1, 5)
-    return utils.make_recipe(args, model, classes, milestones=(3,), topk=topk, gate_layers=("fc2",))
+    loaders = SimpleNamespace(val=SimpleNamespace(classes=["name"] * classes, size=(8, 8)))
+    return utils.make_recipe(args, None, loaders, model, milestones=(3,), topk=topk, gate_layers=("fc2",))
 
 
 def test_every_attribute_of_a_recipe_is_a_flag_or_derived_from_some():
@@ -253,6 +257,109 @@ def test_schedules_go_on_after_an_interruption(tmp_path):
     assert all(torch.equal(value, parts[key]) for key, value in whole.items())
 
 
+# ---------------------------------------------------------------------------------------------- beyond the paper
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """The run folders of a plain network and of one that was gated from it, to a budget."""
+    save = tmp_path_factory.mktemp("tuned")
+    common = ["--dataset", "digits", "--depth", "8", "--batch-size", "64", "--device", "cpu", "--save", str(save)]
+    common += ["--val-size", "200"]
+    train.main([*common, "--target", "1", "--epochs", "3", "--lr", "0.05", "--expname", "plain"])
+    beyond = ["--pretrained", str(save / "plain"), "--distill", str(save / "plain"), "--budget", "0.7"]
+    beyond += ["--lr-schedule", "cosine", "--nesterov", "--no-gate-decay"]
+    train.main([*common, *beyond, "--epochs", "6", "--expname", "gated"])
+    return save
+
+
+@pytest.fixture
+def copied(tuned, tmp_path):
+    shutil.copytree(tuned, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def test_a_budget_is_recorded_with_its_terms_and_kept(tuned):
+    records = runs.read_records(tuned / "gated")
+    for record in records:
+        for part in (record["train"], record["val"]):
+            terms = [value for name, value in part.items() if name.startswith("loss_")]
+            assert part["loss"] == pytest.approx(sum(terms))
+            assert {"loss_classify", "loss_distill", "loss_budget", "loss_floor"} <= set(part)
+            assert "loss_target" not in part
+            assert part["macs_budget"] == pytest.approx(0.7)
+    assert records[0]["train"]["macs_fraction"] > 0.8  # the floor has to come down first
+    assert records[-1]["train"]["macs_fraction"] == pytest.approx(0.7, abs=0.05)
+    assert records[-1]["lr"] == 0
+    args = runs.read_json(tuned / "gated" / runs.ARGS)
+    assert (args["lr"], args["target_warmup"], args["lossfact"]) == (utils.FINE_TUNING_LR, 2, 0)
+    assert args["mean"] == runs.read_json(tuned / "plain" / runs.ARGS)["mean"]
+
+
+def test_the_best_model_is_one_that_keeps_to_the_budget(tuned):
+    best = load_checkpoint(tuned / "gated" / runs.BEST)
+    assert best["epoch"] - 1 >= 2  # before that the floor comes down
+    accuracies = [record["val"]["top1"] for record in runs.read_records(tuned / "gated")]
+    assert best["best_prec1"] == max(accuracies[1:])
+
+
+def test_a_test_at_a_budget_keeps_its_thresholds_for_aig_load(run, copied):
+    folder = copied / "gated"
+    shutil.rmtree(copied / "plain")  # neither the teacher nor the start is needed
+    assert run(train.main, "--test", "--resume", folder)[0] == 0
+    status, out, err = run(train.main, "--test", "--resume", folder, "--budget", 0.75)
+    assert (status, err) == (0, "")
+    assert "chosen for the budget 0.75 on 200 held-out training images" in out
+    assert "target" not in out.replace("0.0000 target", "")
+    tested = runs.read_json(folder / runs.TEST)
+    assert tested.keys() == {"argmax", "argmax@budget=0.75"}
+    result = tested["argmax@budget=0.75"]
+    assert result["macs_fraction"] == pytest.approx(0.75, abs=0.03)
+    assert result["checkpoint"] == runs.BEST
+    assert (result["image_size"], result["data"]) == ([8, 8], "data")
+    assert "loss_budget" not in result
+    assert aig.load(folder, budget=0.75).threshold == result["threshold"]
+    assert aig.load(folder).threshold == 0.5
+
+
+def test_a_run_with_a_teacher_goes_on_only_with_that_teacher(run, tuned, tmp_path):
+    teacher = tmp_path / "teacher"
+    command = ["--resume", resume_altered(tuned / "gated", tmp_path / "run", distill=str(teacher)), "--device", "cpu"]
+    status, _, err = run(train.main, *command)
+    assert (status, err) == (2, f"script: error: no checkpoint at {teacher}\n")
+    teacher.write_bytes((tuned / "plain" / runs.BEST).read_bytes() + b"more")
+    status, _, err = run(train.main, *command)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert f"{teacher} is not the teacher that this run began with: name that one with --distill" in err
+    assert run(train.main, *command, "--distill", tuned / "plain")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs", 9], "start a new run from its weights, with --pretrained"),
+        (["--milestones", 2], "a cosine has no steps"),
+        (["--pretrained", "plain"], "starts a new run"),
+        (["--test", "--budget", 0.7, "--gate-mode", "sample"], "--gate-mode argmax"),
+        (["--test", "--budget", 0.7, "--threshold", 0.4], "--threshold"),
+        (["--test", "--budget", 0.01], "--budget: 0.01 is out of reach"),
+        (["--test", "--distill", "plain"], "--distill is for training"),
+        (["--test", "--pretrained", "plain"], "--pretrained is for training"),
+    ],
+)
+def test_what_a_tuned_run_cannot_do_gets_one_line(run, copied, contents, flags, message):
+    before = contents(copied)
+    status, _, err = run(train.main, "--resume", copied / "gated", *flags)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert message in err
+    assert contents(copied) == before
+
+
+def test_a_network_without_gates_keeps_no_budget(run, copied):
+    status, _, err = run(train.main, "--test", "--resume", copied / "plain", "--budget", 0.7)
+    assert (status, err) == (2, "script: error: --budget: this network has no gates\n")
+
+
 # ---------------------------------------------------------------------------------------------- help
 
 
@@ -264,7 +371,7 @@ def test_help_is_quick_grouped_and_complete(script):
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
     assert {"torch", "aig"} < imported
     assert not imported & {"torchvision", "sklearn", "scipy", "visdom", "matplotlib", "PIL.ImageFont"}
-    for group in ("run", "training", "speed of training", "evaluation", "images and network"):
+    for group in ("run", "training", "beyond the paper", "speed of training", "evaluation", "images and network"):
         assert f"\n{group}:\n" in done.stdout
     text = " ".join(done.stdout.split())
     for nonsense in ("(default: None)", "(default: False)", "(default: )", "(default: all) (default", "Fraction"):
@@ -291,6 +398,19 @@ def test_help_is_quick_grouped_and_complete(script):
         (["--warmup", "1" + "0" * 400], "10000000000000000000... is too large"),
         (["--split", "0.2"], "digits has a test set of its own"),
         (["--no-cuda", "--device", "cuda"], "--no-cuda contradicts --device cuda"),
+        (["--budget", "0.6", "--target", "0.6"], "--target is about a rate for each gate"),
+        (["--budget", "0.6", "--lossfact", "1"], "--lossfact is about a rate for each gate"),
+        (["--budget", "1"], "below 1"),
+        (["--budget", "0.01"], "--budget: 0.01 is out of reach"),
+        (["--budget-weight", "3"], "--budget-weight does nothing without --budget"),
+        (["--no-budget-floor"], "--budget-floor does nothing without --budget"),
+        (["--budget", "0.6", "--no-budget-floor", "--target-warmup", "2"], "leave it out with --no-budget-floor"),
+        (["--distill-weight", "0.3"], "--distill-weight does nothing without --distill"),
+        (["--distill", "nowhere"], "no checkpoint at nowhere"),
+        (["--pretrained", "nowhere"], "no checkpoint at nowhere"),
+        (["--pretrained", "torchvision"], "no weights of networks for small images"),
+        (["--lr-schedule", "cosine", "--milestones", "2"], "a cosine has no steps"),
+        (["--nesterov", "--momentum", "0"], "needs a --momentum"),
     ],
 )
 def test_bad_input_gets_one_line(run, tmp_path, flags, message):

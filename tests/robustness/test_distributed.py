@@ -23,6 +23,7 @@ from aig.data import SmallImageLoader, SmallImages
 from aig.evaluation import evaluate
 from aig.losses import Objective, target_rate_loss
 from aig.state import State
+from aig.terms import Budget, Distillation
 from convnet_aig import BasicBlock, ResNet_cifar, draw_noise
 
 pytestmark = pytest.mark.slow
@@ -30,6 +31,10 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 RATES = [0.7, 0.5, 0.6]
 DIGITS = ["--dataset", "digits", "--depth", "8", "--batch-size", "256", "--target", "0.7", "--device", "cpu"]
+
+
+BUDGET = Budget(0.3, weight=7, fixed=0.1, branches=torch.tensor([0.2, 0.3, 0.4], dtype=torch.float64), floor=0.9)
+BEYOND = {"budget": BUDGET, "distillation": Distillation(lambda images: images.flatten(1)[:, :10])}
 
 
 # ---------------------------------------------------------------------------------------------- in the processes
@@ -63,13 +68,13 @@ def take_step(model, images, labels, count, *, parts=1, lossfact=2, lr=0.0, scal
     world = distributed.world()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     network, _ = distributed.wrap(model, world, sync_bn=False, compile=False)
-    objective = Objective(RATES, lossfact, (1,), world=world)
+    objective = Objective(RATES, lossfact, (1,), world=world, **(BEYOND if lossfact is None else {}))
     state = State(model, torch.optim.SGD(model.parameters(), lr), scaler, 1, world)
     noise = draw_noise(model.num_gates, count, images)[:, world.shard(count)]
     for x, y, g in engine.split(network, images, labels, noise, parts):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             logits, gates = network(x, noise=g)
-        loss, sums = objective(logits, y, gates, count)
+        loss, sums = objective(logits, y, gates, count, images=x)
         scaler.scale(loss).backward()
         state.add(sums)
     scaler.step(state.optimizer)
@@ -129,7 +134,8 @@ def order():
     return world.is_main, entered - left
 
 
-STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0)]  # images, parts, weight of the target-rate loss
+# images, parts, weight of the target-rate loss (None: a budget and a teacher instead)
+STEPS = [(16, 1, 2), (13, 1, 2), (13, 2, 0), (13, 1, None)]
 TASKS = {
     **{("step", *arguments): (step, *arguments) for arguments in STEPS},
     **{("evaluation", mode): (evaluation, mode) for mode in ("argmax", "sample")},
@@ -176,7 +182,8 @@ def finish(process):
 @pytest.mark.parametrize(("count", "accumulate", "lossfact"), STEPS)
 def test_processes_take_the_step_of_one(done, count, accumulate, lossfact):
     sums, gradients = step(count, accumulate, lossfact)
-    assert lossfact == 0 or sums["loss_target"] > 0
+    terms = ["loss_budget", "loss_floor", "loss_distill"] if lossfact is None else ["loss_target"] * bool(lossfact)
+    assert all(sums[name] > 0 for name in terms)
     assert 0 < sums["gates"].sum() < 3 * count
     assert any(gradient.abs().max() > 1e-3 for name, gradient in gradients.items() if "fc2" in name or not lossfact)
     for other_sums, other_gradients in (results["step", count, accumulate, lossfact] for results in done):

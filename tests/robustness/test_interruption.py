@@ -100,6 +100,21 @@ def test_a_timer_saves_in_mid_epoch_and_a_crash_loses_no_more(run, straight, tmp
     assert_same_run(folder, straight)
 
 
+def test_a_budget_a_teacher_and_a_cosine_go_on_in_mid_epoch_too(run, straight, tmp_path, monkeypatch):
+    plain = [*DIGITS, "--target", 1, "--save", tmp_path, "--expname", "plain"]
+    assert run(train.main, *plain)[0] == 0
+    start = ["--pretrained", tmp_path / "plain", "--distill", tmp_path / "plain", "--budget", 0.7]
+    command = [value for value in DIGITS if value not in ("--target", 0.7)]
+    command += [*start, "--lr-schedule", "cosine", "--nesterov", "--no-gate-decay", "--expname", "run"]
+    assert run(train.main, *command, "--save", tmp_path / "whole")[0] == 0
+    for step in (3, STEPS + 2):  # while the floor comes down, and after
+        with monkeypatch.context() as patch:
+            at_call(patch, "step", step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            assert run(train.main, *command, "--save", tmp_path / str(step))[0] == 143
+        assert resume(run, train.main, tmp_path / str(step) / "run")[::2] == (0, "")
+        assert_same_run(tmp_path / str(step) / "run", tmp_path / "whole" / "run")
+
+
 def test_photographs_with_workers_too(run, image_folder, tmp_path, monkeypatch):
     photos = image_folder(tmp_path / "photos", size=(40, 40), train=10, val=3)
     command = [photos, "--image-size", 32, "--batch-size", 4, "--epochs", 2, "--workers", 2]
@@ -121,6 +136,9 @@ def test_an_unfinished_epoch_goes_on_only_as_it_began(run, straight, tmp_path, m
     before = contents(folder)
     status, _, err = resume(run, train.main, folder, "--batch-size", 128)
     assert (status, err.count("\n"), "--start-epoch 1" in err) == (2, 1, True)
+    for flag, value in (("--seed", 2), ("--val-size", 20), ("--train-size", 1400)):
+        status, _, err = resume(run, train.main, folder, flag, value)
+        assert (status, err.count("\n"), "--start-epoch 1" in err) == (2, 1, True)
     checkpoint = torch.load(folder / runs.CHECKPOINT, weights_only=True)
     broken = [("step", "two"), ("step", 99), ("seen", None), ("seconds", -1), ("sums", []), ("sums", {})]
     broken += [("sums", {"gates": 1}), ("sums", {**checkpoint["sums"], "gates": torch.zeros(2)})]
