@@ -17,7 +17,7 @@ from aig.console import Interrupted, TrainingError
 from aig.distributed import World
 from aig.environment import derive_seed
 from aig.losses import target_rate_loss
-from convnet_aig import BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
+from convnet_aig import GATE_LAYERS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
 
 
 def batch(count=16, classes=4):
@@ -41,6 +41,12 @@ def gradients(model):
 def test_the_learning_rate_falls_tenfold_from_each_milestone_on():
     recipe = replace(RECIPE, milestones=(3, 5))
     assert [recipe.at(epoch, 1).lr for epoch in range(1, 7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+
+
+def test_a_cosine_falls_to_zero_over_all_epochs_whatever_the_milestones():
+    recipe = replace(RECIPE, lr_schedule="cosine", milestones=(2,), epochs=4, warmup=1)
+    for epoch, progress, factor in [(1, 0.5, 0.5 * 0.9619398), (2, 1, 0.5), (3, 1, 0.1464466), (4, 1, 0)]:
+        assert recipe.at(epoch, progress).lr == pytest.approx(0.1 * factor)
 
 
 def test_warm_up_rises_linearly_to_the_learning_rate():
@@ -92,6 +98,20 @@ def test_gate_layers_have_a_learning_rate_of_their_own(block, layers, of_gates):
     for group in optimizer.param_groups:
         assert group["lr"] == pytest.approx(0.3 * group["lr_factor"])
         assert (group["momentum"], group["weight_decay"], group["fused"]) == (0.8, 0.01, False)
+
+
+def test_gates_may_be_free_of_weight_decay_and_the_others_are_not():
+    model = small_net()
+    recipe = replace(RECIPE, gate_layers=("fc2",), lrfact=5, weight_decay=0.01, gate_decay=False, momentum=0.9,
+                     nesterov=True)
+    names = {id(parameter): name.split(".")[-2] for name, parameter in model.named_parameters()}
+    for group in engine.make_optimizer(model, recipe).param_groups:
+        layers = {names[id(parameter)] for parameter in group["params"]}
+        of_gates = not layers.isdisjoint(GATE_LAYERS)
+        assert layers <= set(GATE_LAYERS) or not of_gates
+        assert group["weight_decay"] == (0 if of_gates else 0.01)
+        assert group["lr_factor"] == (5 if layers == {"fc2"} else 1)
+        assert group["nesterov"] is True
 
 
 def test_a_net_without_gates_has_one_group():

@@ -63,6 +63,16 @@ def test_an_epoch_that_ends_leaves_nothing_behind_but_the_best_accuracy():
     assert (state.epoch, state.best) == (4, 40)
 
 
+def test_while_target_rates_come_down_the_newest_epoch_is_the_best():
+    state = fresh()
+    assert state.end_epoch(90.0, settled=False)
+    assert state.end_epoch(80.0, settled=False)
+    assert state.best == -1
+    assert state.end_epoch(70.0)
+    assert not state.end_epoch(60.0)
+    assert state.best == 70
+
+
 def test_seconds_go_on_from_those_of_earlier_processes():
     state = fresh()
     state.seconds = 100.0
