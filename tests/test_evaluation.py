@@ -1,6 +1,8 @@
 """Evaluation and `--test`: statistics of images and gates, each against a count image by image."""
 
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from aig import evaluation, inference
 from aig.data import SmallImageLoader, SmallImages
+from aig.distributed import World
 from aig.environment import derive_seed
 from aig.losses import Objective
 from convnet_aig import GATE_MODES, BasicBlock, ResNet_cifar
@@ -136,6 +139,83 @@ def test_results_of_several_seeds_are_averaged_number_by_number():
     results = [{"top1": 1.0, "gates": [0.0, 1.0], "of": {"a": 2}}, {"top1": 2.0, "gates": [1.0, 1.0], "of": {"a": 4}}]
     assert evaluation.mean_of(results) == {"top1": 1.5, "gates": [0.5, 1.0], "of": {"a": 3}}
     assert evaluation.mean_of(results[:1]) is results[0]
+
+
+# ---------------------------------------------------------------------------------------------- the form by device
+
+
+class Elsewhere:
+    """What `accelerated` needs of a network that is not on a CPU."""
+
+    def parameters(self):
+        yield torch.empty(0, device="meta")
+
+    def eval(self):
+        return self
+
+
+@dataclass(frozen=True)
+class Share(World):
+    """One of several processes; `another` says whether any other has chosen to skip."""
+
+    another: bool = False
+
+    def all_max(self, *numbers):
+        return [max(number, self.another) for number in numbers]
+
+
+class Untouched(SmallImageLoader):
+    def batches(self, epoch=0, start=0):
+        raise AssertionError("an epoch of the loader was begun")
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The images on which `accelerate` has chosen a form, and the form that it is to choose."""
+    given = SimpleNamespace(images=[], conditional=False)
+
+    def accelerate(model, images=None):
+        given.images.append(images)
+        return SimpleNamespace(conditional=True if images is None else given.conditional)
+
+    monkeypatch.setattr(inference, "accelerate", accelerate)
+    return given
+
+
+def share(another=False, count=5):
+    """The share of the last of eight processes: none of five images."""
+    images = SmallImages(torch.zeros(count, 8, 12, 3, dtype=torch.uint8), torch.zeros(count).long(), ["a"])
+    return Untouched(images, 16, PIXELS, world=Share(7, 8, another))
+
+
+def test_off_the_cpu_a_trial_on_made_up_images_decides_even_in_a_process_without_images(tried):
+    loader = share()
+    assert loader.world.shard(5) == slice(5, 5)
+    evaluation.accelerated(Elsewhere(), loader)
+    evaluation.accelerated(Elsewhere(), share(count=40))
+    assert [tuple(images.shape) for images in tried.images] == [(5, 3, 8, 12), (16, 3, 8, 12)]
+    assert {images.device.type for images in tried.images} == {"meta"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("another", [False, True])
+def test_all_processes_compute_in_the_form_that_any_has_chosen(tried, own, another):
+    tried.conditional = own
+    assert evaluation.accelerated(Elsewhere(), share(another=another)).conditional is (own or another)
+
+
+def test_results_that_must_repeat_are_not_left_to_a_trial(tried):
+    torch.use_deterministic_algorithms(True)
+    try:
+        network = evaluation.accelerated(Elsewhere(), share())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (tried.images, network.conditional) == ([None], False)
+
+
+def test_a_cpu_always_skips_without_a_trial(tried, model):
+    assert evaluation.accelerated(model, share()).conditional is True
+    assert tried.images == [None]
 
 
 # ---------------------------------------------------------------------------------------------- the table

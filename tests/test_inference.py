@@ -373,3 +373,11 @@ def test_given_a_batch_it_chooses_a_form_and_the_outputs_stay(monkeypatch):
     assert chosen == [True, False]
     monkeypatch.undo()
     assert inference.seconds(fast, x, repeats=1) > 0
+
+
+def test_a_forward_pass_on_a_device_is_timed_to_its_end(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append(device.type))
+    images = torch.zeros(1, device="meta")
+    assert inference.seconds(lambda x: calls.append("forward"), images, repeats=2) > 0
+    assert calls == ["forward", "meta"] * 3
