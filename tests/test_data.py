@@ -1,15 +1,20 @@
 """The batched augmentation is torchvision's, and batches are a function of (seed, epoch, step)."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+import train_img
 from aig import data
 from aig.console import InputError
 from aig.data import DATASETS, Batching, Choice, SmallImageLoader, SmallImages
 from aig.distributed import ALONE, World, world
+from aig.images import photo_transform, read_image
 
 UNIT = ([0.0, 0.0, 0.0], [1 / 255] * 3)  # a normalisation that gives back the pixels
 
@@ -165,6 +170,55 @@ def test_the_processes_share_each_batch_and_draw_as_one(augment):
 def test_one_process_is_a_world_of_its_own():
     assert world() is ALONE
     assert (ALONE.is_main, ALONE.size, ALONE.shard(7), ALONE.all_max(3, True)) == (True, 1, slice(0, 7), [3, True])
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def seeded(folder, train=True):
+    source = data.open_image_folder(folder)
+    return source, data.SeededImages(source.samples, photo_transform(24, train))
+
+
+def test_an_image_seeds_the_generator_of_the_cpu_alone(image_folder, tmp_path, monkeypatch):
+    """`torch.manual_seed` reseeds every device: all gate samples would coincide there."""
+    _, images = seeded(image_folder(tmp_path, train=1) / "train")
+
+    def refuse(*args):
+        raise AssertionError("a device was seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(device, name, refuse, raising=False)
+    before = torch.get_rng_state()
+    first, second, other = (images[seed, 0][0] for seed in (5, 5, 6))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_workers_share_of_the_paths_is_one_array(image_folder, tmp_path):
+    classes = ["été", "c d", *([os.fsdecode(b"b\xff")] if sys.platform == "linux" else [])]  # macOS has UTF-8 only
+    root = image_folder(tmp_path / "photos", classes=classes, train=2)
+    source, images = seeded(root / "train", train=False)
+    for values in (images.paths, images.labels):
+        assert isinstance(values, np.ndarray)
+        assert not values.dtype.hasobject
+    for index, (path, label) in enumerate(source.samples):
+        pixels, found = images[0, index]
+        assert torch.equal(pixels, images.transform(read_image(path)))
+        assert (type(found), found) == (int, label)
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (11, 4, 2), (2, 8, 1)])
+def test_each_process_has_as_many_workers_as_its_share_of_the_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 99)
+    assert data.default_workers() == train_img.make_parser().parse_args([]).workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert data.default_workers() == 99 // processes
 
 
 # ---------------------------------------------------------------------------------------------- --split
