@@ -1,5 +1,6 @@
 """Evaluation and `--test`: statistics of images and gates, each against a count image by image."""
 
+import copy
 import math
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from steps import PIXELS, RATES, small_loader, small_net
 from torch import nn
+from waits import watching
 
 from aig import evaluation, inference
 from aig.data import SmallImageLoader, SmallImages
@@ -282,6 +284,28 @@ def test_reestimated_statistics_are_those_of_the_images_in_the_gate_mode():
     by_batch = torch.stack([part.var((0, 2, 3)) for part in first.split(32)])
     torch.testing.assert_close(model.bn1.running_var, by_batch.mean(0))
     assert next(model.blocks()).fc1bn.num_batches_tracked == 0  # mode "all" does not ask the gates
+
+
+def test_reestimating_reads_nothing_between_the_batches_and_is_a_mean_over_them(model):
+    """As `momentum=None` computes it, which reads a count from the device for each BatchNorm and batch."""
+    loader, begun, noted = small_loader(50), [], []
+    expected = copy.deepcopy(model)
+    for norm in expected.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for images, _ in loader.batches(epoch=1):
+            expected(images)
+    model.register_forward_pre_hook(lambda *_: begun.append(1))
+    with watching(lambda name: noted.append((len(begun), name))):
+        evaluation.reestimate_batchnorm(model, loader, seed=7)
+    assert len(begun) == 4
+    assert not [name for batch, name in noted if batch > 0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_a_network_that_is_not_finite_is_tested_to_the_end(loader):
