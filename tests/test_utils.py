@@ -67,13 +67,15 @@ def values(script, *argv, classes=10):
 
 def test_every_attribute_of_a_recipe_is_a_flag_or_derived_from_some():
     recipe = values(train, *DIGITS[2:], "--lr", 0.3, "--target-warmup", 4, "--temperature", 2, "--seed", 9,
-                    "--epochs", 8, "--lrfact", 5, "--amp", "bf16", "--print-freq", 7, "--sync-bn", "--compile")
+                    "--epochs", 8, "--lrfact", 5, "--amp", "bf16", "--print-freq", 7, "--sync-bn", "--compile",
+                    "--warmup", 3)
     assert recipe == replace(
         recipe, target_rates=[0.7] * 3, lossfact=2, lr=0.3, milestones=(3,), epochs=8, last=8, seed=9, topk=[1],
-        momentum=0.9, weight_decay=5e-4, lrfact=5, gate_layers=("fc2",), fused=None, warmup=0, target_warmup=4,
+        momentum=0.9, weight_decay=5e-4, lrfact=5, gate_layers=("fc2",), fused=None, warmup=3, target_warmup=4,
         temperature=2, accumulate=1, amp="bf16", compile=True, channels_last=True, sync_bn=True, print_freq=7,
         log_interval=20,
     )
+    assert values(train, *DIGITS[2:]).warmup == 0  # as in the original
     photographs = values(train_img, "--warmup", 2, "--accumulate", 3, "--target-rates", "paper", "--target", 0.4)
     assert (photographs.warmup, photographs.accumulate, photographs.weight_decay) == (2, 3, 1e-4)
     assert photographs.target_rates[:4] == [1, 1, 0.8, 1]
