@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import RATES, small_loader, small_net, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from aig import engine, evaluation
+from aig import engine, evaluation, inference, losses, state
 from aig.console import TrainingError
 from aig.distributed import World
 from aig.losses import Objective, averages, target_rate_loss, topk_correct
@@ -144,3 +146,39 @@ def test_a_broken_third_term_is_noticed(monkeypatch):
     monkeypatch.setattr(engine, "Objective", Broken)
     with pytest.raises(TrainingError, match="step 1"):
         train(small_net(), small_loader())
+
+
+# ---------------------------------------------------------------------------------------------- without float64
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has none, like MPS."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), operator
+        return out
+
+
+@pytest.fixture
+def float32_sums(monkeypatch):
+    """Sums as on MPS."""
+    for module in (losses, evaluation, inference, state):
+        monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+
+
+def test_sums_are_in_float64_where_there_is_one():
+    dtypes = {kind: losses.sum_dtype(torch.device(kind)) for kind in ("cpu", "cuda", "xpu", "mps")}
+    assert dtypes == {**dict.fromkeys(("cpu", "cuda", "xpu"), torch.float64), "mps": torch.float32}
+
+
+@pytest.mark.usefixtures("float32_sums")
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_training_and_evaluation_need_no_float64(mode):
+    model, loader = small_net(), small_loader(50, augment="crop")
+    model.gate_mode = mode
+    with WithoutFloat64():
+        train(model, loader, target_warmup=2, val=small_loader())
+        result = evaluation.measure(model, small_loader(), Objective(RATES, 2, (1, 2)), samples=2)
+    assert 0 < result["macs_fraction"] < 1
+    assert sum(result["executed_blocks"]) == pytest.approx(48)

@@ -186,6 +186,16 @@ def test_sums_that_are_damaged_are_an_error(checkpoint, name, value):
         enter(fresh(), checkpoint)
 
 
+def test_sums_of_another_device_take_the_precision_of_this_one(checkpoint, monkeypatch):
+    """MPS has no float64."""
+    assert {value.dtype for value in checkpoint["sums"].values()} == {torch.float64}
+    monkeypatch.setattr("aig.state.sum_dtype", lambda device: torch.float32)
+    state = fresh()
+    enter(state, checkpoint)
+    for name, value in checkpoint["sums"].items():
+        assert torch.equal(state.sums[name], value.float())
+
+
 def test_sums_of_a_term_that_is_missing_are_an_error(checkpoint):
     del checkpoint["sums"]["loss_target"]
     with pytest.raises(InputError, match="its unfinished epoch is damaged"):
