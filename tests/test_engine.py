@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import RATES, RECIPE, Batches, MemoryRun, new_state, small_loader, small_net, step, train
+from waits import watching
 
 import convnet_aig
 import train as script
@@ -324,22 +325,80 @@ def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_sav
     assert (run.records, run.saved) == ([], [])
 
 
-def test_the_training_loop_reads_nothing_from_the_device(monkeypatch):
-    reads, states = [], []
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
-        original = getattr(torch.Tensor, name)
+SETTINGS = [
+    {"amp": "off"},
+    {"amp": "bf16", "accumulate": 2, "target_warmup": 3, "warmup": 2},
+    {"amp": "fp16", "fused": True, "momentum": 0.9},
+]
 
-        def reading(self, *args, name=name, original=original, **kwargs):
-            reads.append((states[-1].epoch, states[-1].step) if states else None)
-            return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(torch.Tensor, name, reading)
-    for amp in ("off", "bf16"):
-        model, loader = small_net(), small_loader(augment="crop")
-        states.append(new_state(model, loader))
-        reads.clear()
-        train(model, loader, state=states[-1], amp=amp)
-        assert set(reads) == {(1, 3), (2, 0)}  # when the epoch is through
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_between_two_reports_the_training_loop_waits_for_no_device(changes):
+    model, loader = small_net(), small_loader(80, augment="crop")
+    state, noted = new_state(model, loader, replace(RECIPE, **changes)), []
+    with watching(lambda name: noted.append((state.epoch, state.step, name))):
+        train(model, loader, state=state, print_freq=3, **changes)
+    by_step = {(epoch, step) for epoch, step, _ in noted}
+    assert by_step - {(1, 0)} == {(1, 3), (1, 5), (2, 0)}  # the report, and when the epoch is through
+    assert {name for epoch, step, name in noted if (epoch, step) == (1, 0)} == {"lift_fresh"}  # the target rates
+
+
+WAITS = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "int": lambda x: int(x[0]),
+    "a condition": lambda x: 1 if x[0] > 0 else 2,
+    "an index of a list": lambda x: [1, 2][x[0].long()],
+    "the end of a slice": lambda x: x[: x[0].long()],
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: np.asarray(x),
+    "in words": lambda x: f"{x[0]:.2f}",
+    "a mask as index": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.clone().__setitem__(x > 0, x[:1]),
+    "nonzero": lambda x: x.nonzero(),
+    "where without values": lambda x: torch.where(x > 0),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "a tensor of numbers": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "a tensor of one number": lambda x: x.new_tensor(1.0),
+    "a list as index": lambda x: x[[0, 1]],
+    "an array": lambda x: torch.from_numpy(np.ones(2)).to(x.device),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_whatever_waits_for_a_device_is_noticed_in_a_step(name):
+    """What the test above relies on."""
+    model, loader, noted, values = small_net(), small_loader(), [], torch.tensor([0.0, 1.0])
+    state = new_state(model, loader)
+
+    def put(*_):
+        WAITS[name](values)
+
+    model.register_forward_hook(put)
+    with watching(lambda _: noted.append((state.epoch, state.step))):
+        train(model, loader, state=state)
+    assert {(1, 1), (1, 2)} < set(noted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_on_a_gpu_no_step_waits_for_it(changes):
+    model, loader = small_net().cuda(), small_loader(80, augment="crop", device="cuda")
+    state = new_state(model, loader, replace(RECIPE, **changes))
+
+    def watch(state):  # not the first step, which loads kernels, nor the end of the epoch
+        torch.cuda.set_sync_debug_mode("error" if state.step < len(loader) else "default")
+
+    try:
+        train(model, loader, state=state, after_step=watch, **changes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---------------------------------------------------------------------------------------------- precision

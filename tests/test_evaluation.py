@@ -85,6 +85,15 @@ def test_each_batch_of_the_evaluation_may_stop_it(model, loader):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("mode", GATE_MODES)
+def test_a_validation_reads_from_the_device_when_it_is_through(model, loader, mode):
+    model.gate_mode, begun, noted = mode, [], []
+    with watching(lambda name: noted.append((len(begun), name))):
+        evaluation.evaluate(model, loader, OBJECTIVE, 1, each_batch=lambda: begun.append(1))
+    assert len(begun) == 4
+    assert {batch for batch, _ in noted} == {4}
+
+
 def test_predictions_are_of_every_image_once_and_without_a_gradient(model, loader):
     images, labels, logits, z = map(torch.cat, zip(*evaluation.predictions(model, loader, 1), strict=True))
     assert torch.equal(images, torch.cat([x for x, _ in loader.batches()]))
