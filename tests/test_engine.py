@@ -1,5 +1,6 @@
 """The loop: what a step does, and with what values."""
 
+import copy
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -13,7 +14,7 @@ from waits import watching
 
 import convnet_aig
 import train as script
-from aig import engine
+from aig import distributed, engine
 from aig.console import Interrupted, TrainingError
 from aig.distributed import World
 from aig.environment import derive_seed
@@ -401,7 +402,93 @@ def test_on_a_gpu_no_step_waits_for_it(changes):
         torch.cuda.set_sync_debug_mode("default")
 
 
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+class Two(World):
+    """One of two processes, of which the other sees the same images and has running means higher by 2."""
+
+    def total(self, values):
+        return {name: 2 * value + 2 * name.endswith("running_mean") for name, value in values.items()}
+
+    def all_max(self, *numbers):
+        return list(numbers)
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    """DistributedDataParallel needs the other process."""
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **settings: model)
+
+
+def train_as_one_of_two(model, **changes):
+    loader = small_loader(world=Two(0, 2))
+    state = new_state(model, loader, replace(RECIPE, **changes))
+    state.world = loader.world
+    return train(model, loader, state=state, **changes)
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_a_validation_is_of_the_mean_of_all_processes_statistics():
+    model, means = small_net(), []
+    model.register_forward_pre_hook(lambda *_: means.append((model.training, model.bn1.running_mean.clone())))
+    model.register_forward_hook(lambda *_: means.append((model.training, model.bn1.running_mean.clone())))
+    train_as_one_of_two(model)
+    own = [mean for training, mean in means if training][-1]
+    validated = [mean for training, mean in means if not training]
+    assert len(validated) == 6
+    for mean in validated:
+        torch.testing.assert_close(mean, own + 1)
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("sync", [True, False])
+def test_sync_bn_turns_every_batch_norm_into_one_over_all_processes(sync):
+    model = small_net()
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    network, _ = distributed.wrap(model, World(0, 2), sync_bn=sync, compile=False)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 1 + 3 * 2 + 3 + 2  # stem, branches, gates, shortcuts
+    assert {isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms} == {sync}
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))  # which the optimizer has
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("sync", [True, False])
+def test_sync_bn_reaches_the_steps(monkeypatch, sync):
+    calls = Counter()
+
+    def forward(norm, x):
+        calls[norm.training] += 1
+        return torch.nn.BatchNorm2d.forward(norm, x)
+
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", forward)
+    train_as_one_of_two(small_net(), sync_bn=sync)
+    assert calls == ({True: 3 * 12, False: 3 * 12} if sync else {})  # three steps, and the validation
+
+
 # ---------------------------------------------------------------------------------------------- precision
+
+
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(amp):
+    model, dtypes = small_net(), {True: Counter(), False: Counter()}  # of training, of validation
+
+    def note(name):
+        return lambda module, inputs, out: dtypes[model.training].update([(name, out.dtype)])
+
+    convolutions = [model.conv1, *(conv for block in model.blocks() for conv, _ in block.layers())]
+    for convolution in convolutions:
+        convolution.register_forward_hook(note("convolution"))
+    for block in model.blocks():
+        block.gate_logits = lambda x, gate=block.gate_logits: (out := gate(x), note("gate")(None, None, out))[0]
+    step(model, *batch(), amp=amp)
+    assert dtypes[True] == {("convolution", PRECISIONS[amp]): 7, ("gate", torch.float32): 3}
+    assert dtypes[False] == {("convolution", torch.float32): 7, ("gate", torch.float32): 3}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
