@@ -12,8 +12,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import convnet_aig
@@ -142,16 +140,26 @@ def test_extreme_patterns(kind, pattern, monkeypatch):
         assert torch.equal(z[:, [block.gated for block in model.blocks()]].bool().t(), is_open)
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.data())
-def test_any_pattern(data):
-    build, size = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
-    model, n = build(), data.draw(st.integers(1, 9))
-    gates = sum(block.gated for block in model.blocks())
-    rows = st.lists(st.booleans(), min_size=n, max_size=n)
-    pattern = torch.tensor(data.draw(st.lists(rows, min_size=gates, max_size=gates)))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert_same(model, force(model, monkeypatch, pattern), images(n, size))
+@pytest.fixture
+def hypothesis():
+    return pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+
+def test_any_pattern(hypothesis):
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=12, deadline=None)
+    @hypothesis.given(st.data())
+    def is_the_same(data):
+        build, size = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
+        model, n = build(), data.draw(st.integers(1, 9))
+        gates = sum(block.gated for block in model.blocks())
+        rows = st.lists(st.booleans(), min_size=n, max_size=n)
+        pattern = torch.tensor(data.draw(st.lists(rows, min_size=gates, max_size=gates)))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            assert_same(model, force(model, monkeypatch, pattern), images(n, size))
+
+    is_the_same()
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -250,24 +258,29 @@ def test_a_mixed_batch_convolves_only_the_open_images(monkeypatch):
     assert seen == expected
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_counts_equal_torchs_own_on_what_ran(data):
-    build, _ = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
-    size = data.draw(st.tuples(st.integers(16, 40), st.integers(16, 40)))
-    model, n = build(), data.draw(st.integers(1, 4))
-    cost = inference.count_macs(model, size)
-    fast = inference.accelerate(model)
-    for mode in convnet_aig.GATE_MODES:
-        fast.gate_mode = mode
-        with FlopCounterMode(display=False) as counter:
-            _, gates = fast(images(n, size))
-        ran = torch.ones(n, len(gates)) if mode in convnet_aig.RUNS_EVERYTHING else torch.stack(gates, dim=1)
-        counted = cost.executed(ran, gates=mode != "all")
-        assert counter.get_total_flops() == 2 * counted.sum().item()
-    with FlopCounterMode(display=False) as counter:  # in mode "all" now
-        fast(images(1, size))
-    assert counter.get_total_flops() == 2 * cost.dense
+def test_counts_equal_torchs_own_on_what_ran(hypothesis):
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=8, deadline=None)
+    @hypothesis.given(st.data())
+    def is_equal(data):
+        build, _ = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
+        size = data.draw(st.tuples(st.integers(16, 40), st.integers(16, 40)))
+        model, n = build(), data.draw(st.integers(1, 4))
+        cost = inference.count_macs(model, size)
+        fast = inference.accelerate(model)
+        for mode in convnet_aig.GATE_MODES:
+            fast.gate_mode = mode
+            with FlopCounterMode(display=False) as counter:
+                _, gates = fast(images(n, size))
+            ran = torch.ones(n, len(gates)) if mode in convnet_aig.RUNS_EVERYTHING else torch.stack(gates, dim=1)
+            counted = cost.executed(ran, gates=mode != "all")
+            assert counter.get_total_flops() == 2 * counted.sum().item()
+        with FlopCounterMode(display=False) as counter:  # in mode "all" now
+            fast(images(1, size))
+        assert counter.get_total_flops() == 2 * cost.dense
+
+    is_equal()
 
 
 def test_the_fused_kernels_run_the_same_convolutions():
