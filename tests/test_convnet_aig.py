@@ -28,14 +28,14 @@ def parameters(model):
 
 
 @pytest.fixture
-def small():
+def small(device):
     torch.manual_seed(0)
-    return ResNet_cifar(BasicBlock, (2, 2, 2), 5).double().eval()
+    return ResNet_cifar(BasicBlock, (2, 2, 2), 5).to(device).double().eval()
 
 
 @pytest.fixture
-def images():
-    return torch.randn(64, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def images(device):
+    return torch.randn(64, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def unsettle(model):
@@ -74,7 +74,7 @@ def test_parameter_keys_are_the_public_ones():
 
 def test_a_fresh_gate_is_open_with_probability_087(images):
     torch.manual_seed(0)
-    model = ResNet_cifar(BasicBlock, (3, 3, 3)).double().train()
+    model = ResNet_cifar(BasicBlock, (3, 3, 3)).to(images).train()
     with torch.no_grad():
         z = torch.cat([torch.stack(model(images[..., ::4, ::4])[1]) for _ in range(20)])
     p = 1 / (1 + math.exp(0.1 - 2.0))
@@ -135,7 +135,7 @@ def test_sample_differs_between_seeds_and_agrees_in_the_mean_with_p(small, image
 
 def test_expected_scales_by_p_and_all_is_the_plain_resnet(small, images):
     unsettle(small)
-    plain = ResNet_cifar(BasicBlock, (2, 2, 2), 5, target_rates=[1] * 6).double().eval()
+    plain = ResNet_cifar(BasicBlock, (2, 2, 2), 5, target_rates=[1] * 6).to(images).eval()
     plain.load_state_dict({k: v for k, v in small.state_dict().items() if "fc" not in k})
     small.gate_mode = "all"
     torch.testing.assert_close(small(images)[0], plain(images)[0], rtol=1e-9, atol=0)
@@ -166,7 +166,7 @@ def test_temperature_reaches_the_gradient_and_changes_no_decision(small, images)
 
 
 def test_blocks_at_rate_1_have_no_gate_and_report_1(images):
-    model = ResNet_cifar(BasicBlock, (2, 2, 2), target_rates=[1, 0.5, 1, 0, 1.0, 0.999]).double()
+    model = ResNet_cifar(BasicBlock, (2, 2, 2), target_rates=[1, 0.5, 1, 0, 1.0, 0.999]).to(images)
     assert [block.gated for block in model.blocks()] == [False, True, False, True, False, True]
     assert not any(key.startswith(("layer1.0.fc", "layer2.0.fc", "layer3.0.fc")) for key in model.state_dict())
     for mode in (model.train(), model.eval()):
@@ -257,8 +257,8 @@ def test_a_basic_block_has_no_groups():
 
 def test_a_folded_gate_gives_the_log_odds_of_the_gate(small, images):
     block = list(unsettle(small).blocks())[-1]
-    x = torch.randn(50, 32, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    block.fc1 = torch.nn.Conv2d(32, 16, 1).double()
+    x = torch.randn(50, 32, 5, 7, generator=torch.Generator().manual_seed(0)).to(images)
+    block.fc1 = torch.nn.Conv2d(32, 16, 1).to(images)
     for value in (block.fc1bn.running_mean, block.fc1bn.bias.data):
         torch.nn.init.normal_(value)
     for value in (block.fc1bn.running_var, block.fc1bn.weight.data):

@@ -22,9 +22,9 @@ from aig.losses import target_rate_loss
 from convnet_aig import BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
 
 
-def batch(count=16, classes=4):
+def batch(count=16, classes=4, device="cpu"):
     torch.manual_seed(1)
-    return torch.randn(count, 3, 8, 8), torch.randint(classes, (count,))
+    return torch.randn(count, 3, 8, 8).to(device), torch.randint(classes, (count,)).to(device)
 
 
 def noise_of(epoch, number, count, like):
@@ -105,12 +105,12 @@ def test_a_net_without_gates_has_one_group():
 # ---------------------------------------------------------------------------------------------- a step
 
 
-def test_a_training_step_is_the_gradient_of_both_losses():
-    model, (images, labels) = small_net(), batch()
+def test_a_training_step_is_the_gradient_of_both_losses(device):
+    model, (images, labels) = small_net().to(device), batch(device=device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits, gates = model.train()(images, noise=noise_of(1, 1, 16, images))
     z = torch.stack(gates, 1)
-    loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES) - z.mean(0)).square().mean()
+    loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES, device=device) - z.mean(0)).square().mean()
     expected = torch.autograd.grad(loss, list(model.parameters()))
     sums = step(model, images, labels)
     for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
@@ -188,13 +188,13 @@ def test_warming_target_rates_reach_the_loss():
     assert sums["loss_target"].item() / 16 == pytest.approx(2 * (now - rates).square().mean().item())
 
 
-def test_memory_formats_compute_the_same(monkeypatch):
-    (images, labels), sums, layouts = batch(), [], []
+def test_memory_formats_compute_the_same(device, monkeypatch):
+    (images, labels), sums, layouts = batch(device=device), [], []
     original = ResNet_cifar.stem
     monkeypatch.setattr(ResNet_cifar, "stem", lambda self, x: (
         layouts.append(x.is_contiguous(memory_format=torch.channels_last)), original(self, x))[1])
     for channels_last in (True, False):
-        sums.append(step(small_net().double(), images.double(), labels, channels_last=channels_last))
+        sums.append(step(small_net().to(device).double(), images.double(), labels, channels_last=channels_last))
     torch.testing.assert_close(*sums, rtol=1e-10, atol=1e-10)
     assert (layouts[0], layouts[2]) == (True, False)  # between them is a batch of the validation
 
@@ -475,8 +475,8 @@ PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(amp):
-    model, dtypes = small_net(), {True: Counter(), False: Counter()}  # of training, of validation
+def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(device, amp):
+    model, dtypes = small_net().to(device), {True: Counter(), False: Counter()}  # of training, of validation
 
     def note(name):
         return lambda module, inputs, out: dtypes[model.training].update([(name, out.dtype)])
@@ -486,19 +486,19 @@ def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(amp):
         convolution.register_forward_hook(note("convolution"))
     for block in model.blocks():
         block.gate_logits = lambda x, gate=block.gate_logits: (out := gate(x), note("gate")(None, None, out))[0]
-    step(model, *batch(), amp=amp)
+    step(model, *batch(device=device), amp=amp)
     assert dtypes[True] == {("convolution", PRECISIONS[amp]): 7, ("gate", torch.float32): 3}
     assert dtypes[False] == {("convolution", torch.float32): 7, ("gate", torch.float32): 3}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_weights_and_gradients_stay_in_float32(amp):
-    model = small_net()
-    images, labels = batch()
+def test_weights_and_gradients_stay_in_float32(device, amp):
+    model = small_net().to(device)
+    images, labels = batch(device=device)
     sums = step(model, images, labels, amp=amp)
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert {value.dtype for value in sums.values()} == {torch.float64}
-    exact = step(small_net(), images, labels)
+    exact = step(small_net().to(device), images, labels)
     assert sums["loss_classify"] != exact["loss_classify"]
     assert sums["loss_classify"].item() == pytest.approx(exact["loss_classify"].item(), rel=0.05)
 

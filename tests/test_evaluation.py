@@ -33,6 +33,13 @@ def loader():
     return small_loader(50)
 
 
+@pytest.fixture
+def placed(device):
+    """A network, a loader and an objective on the device."""
+    objective = Objective(RATES, 2, topk=(1, 2), device=device)
+    return small_net().eval().to(device), small_loader(50, device=device), objective
+
+
 def result_of(model, loader, **more):
     """What `--test` measures, without its time."""
     result = evaluation.measure(model, loader, OBJECTIVE, **more)
@@ -44,9 +51,10 @@ def result_of(model, loader, **more):
 
 
 @pytest.mark.parametrize("mode", GATE_MODES)
-def test_evaluation_statistics_equal_a_count_image_by_image(model, loader, mode):
+def test_evaluation_statistics_equal_a_count_image_by_image(placed, mode):
+    model, loader, objective = placed
     model.gate_mode = mode
-    record = evaluation.evaluate(model, loader, OBJECTIVE, seed=7)
+    record = evaluation.evaluate(model, loader, objective, seed=7)
 
     torch.manual_seed(7)
     with torch.no_grad():
@@ -94,7 +102,8 @@ def test_a_validation_reads_from_the_device_when_it_is_through(model, loader, mo
     assert {batch for batch, _ in noted} == {4}
 
 
-def test_predictions_are_of_every_image_once_and_without_a_gradient(model, loader):
+def test_predictions_are_of_every_image_once_and_without_a_gradient(placed):
+    model, loader, _ = placed
     images, labels, logits, z = map(torch.cat, zip(*evaluation.predictions(model, loader, 1), strict=True))
     assert torch.equal(images, torch.cat([x for x, _ in loader.batches()]))
     assert torch.equal(labels, loader.labels)

@@ -107,36 +107,36 @@ def force(model, monkeypatch, pattern):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("mode", convnet_aig.GATE_MODES)
-def test_gates_and_logits_are_those_of_the_masked_network(kind, mode):
+def test_gates_and_logits_are_those_of_the_masked_network(device, kind, mode):
     build, size = NETWORKS[kind]
-    model = build()
+    model = build().to(device)
     model.gate_mode = mode
     fast = inference.accelerate(model)
-    rates = [assert_same(model, fast, images(n, size)).mean().item() for n in (1, 2, 5, 12)]
+    rates = [assert_same(model, fast, images(n, size).to(device)).mean().item() for n in (1, 2, 5, 12)]
     assert mode == "all" or 0.1 < rates[-1] < 0.9  # else there would be nothing to tell
     fast.conditional = False
-    assert_same(model, fast, images(5, size))
+    assert_same(model, fast, images(5, size).to(device))
 
 
 @pytest.mark.parametrize(
     ("kind", "size"), [("BasicBlock", (17, 40)), ("Bottleneck", (81, 50)), ("Bottleneck", (33, 33))]
 )
-def test_images_of_any_size_and_shape(kind, size):
-    model = NETWORKS[kind][0]()
-    assert_same(model, inference.accelerate(model), images(4, size))
+def test_images_of_any_size_and_shape(device, kind, size):
+    model = NETWORKS[kind][0]().to(device)
+    assert_same(model, inference.accelerate(model), images(4, size).to(device))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("pattern", ["all open", "all closed", "one gate open", "one image open"])
-def test_extreme_patterns(kind, pattern, monkeypatch):
+def test_extreme_patterns(device, kind, pattern, monkeypatch):
     build, size = NETWORKS[kind]
-    model = build()
+    model = build().to(device)
     gates = sum(block.gated for block in model.blocks())
     for n in (1, 4):
         is_open = torch.full((gates, n), pattern == "all open")
         is_open[2] |= pattern == "one gate open"
         is_open[:, 0] |= pattern == "one image open"
-        z = assert_same(model, force(model, monkeypatch, is_open), images(n, size))
+        z = assert_same(model, force(model, monkeypatch, is_open), images(n, size).to(device)).cpu()
         assert torch.equal(z[:, [block.gated for block in model.blocks()]].bool().t(), is_open)
 
 

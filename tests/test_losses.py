@@ -15,12 +15,12 @@ from aig.distributed import World
 from aig.losses import Objective, averages, target_rate_loss, topk_correct
 
 
-def outputs(count=12, classes=5):
+def outputs(count=12, classes=5, device="cpu"):
     """Logits (N, K) with a gradient, labels (N,), and z of three blocks with a gradient."""
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(count, classes, generator=random).requires_grad_()
-    gates = [(torch.rand(count, generator=random) < 0.6).float().requires_grad_() for _ in RATES]
-    return logits, torch.randint(classes, (count,), generator=random), gates
+    logits = torch.randn(count, classes, generator=random).to(device).requires_grad_()
+    gates = [(torch.rand(count, generator=random) < 0.6).float().to(device).requires_grad_() for _ in RATES]
+    return logits, torch.randint(classes, (count,), generator=random).to(device), gates
 
 
 def test_target_rate_loss_is_the_mean_square_distance_of_the_batch_rates():
@@ -35,9 +35,9 @@ def test_top_k_counts_labels_among_the_k_highest_and_never_more_than_there_are_c
     assert {name: count.item() for name, count in counts.items()} == {"top1": 1, "top2": 2, "top5": 3}
 
 
-def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss():
-    logits, labels, gates = outputs()
-    loss, sums = Objective(RATES, 3, topk=(1, 2))(logits, labels, gates, 12)
+def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss(device):
+    logits, labels, gates = outputs(device=device)
+    loss, sums = Objective(RATES, 3, topk=(1, 2), device=device)(logits, labels, gates, 12)
     z = torch.stack(gates, 1)
     target = 3 * sum((t - r) ** 2 for t, r in zip(RATES, z.mean(0), strict=True)) / 3
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels) + target)
@@ -53,14 +53,14 @@ def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss():
     assert means["top2"] == pytest.approx(100 * sums["top2"].item() / 12)
 
 
-def test_parts_of_a_batch_weigh_as_many_images_as_they_have():
-    logits, labels, gates = outputs()
-    objective, losses = Objective(RATES, 3), []
+def test_parts_of_a_batch_weigh_as_many_images_as_they_have(device):
+    logits, labels, gates = outputs(device=device)
+    objective, losses = Objective(RATES, 3, device=device), []
     for part in (slice(0, 5), slice(5, 12)):
         losses.append(objective(logits[part], labels[part], [z[part] for z in gates], 12)[0])
     alone = [
         F.cross_entropy(logits[part], labels[part])
-        + 3 * target_rate_loss(torch.stack(gates, 1)[part].mean(0), torch.tensor(RATES))
+        + 3 * target_rate_loss(torch.stack(gates, 1)[part].mean(0), torch.tensor(RATES, device=device))
         for part in (slice(0, 5), slice(5, 12))
     ]
     torch.testing.assert_close(sum(losses), alone[0] * 5 / 12 + alone[1] * 7 / 12)

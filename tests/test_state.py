@@ -42,8 +42,8 @@ def checkpoint(stopped):
     return copy.deepcopy(stopped)
 
 
-def fresh(recipe=RECIPE9, loader=None):
-    return new_state(small_net(), loader or small_loader(50), recipe)
+def fresh(recipe=RECIPE9, loader=None, device="cpu"):
+    return new_state(small_net().to(device), loader or small_loader(50), recipe)
 
 
 def enter(state, checkpoint, loader=None, objective=None):
@@ -103,16 +103,16 @@ def test_between_two_epochs_a_checkpoint_holds_no_seconds():
 # ---------------------------------------------------------------------------------------------- going on
 
 
-def test_a_checkpoint_is_taken_over(checkpoint):
-    state = fresh(replace(RECIPE9, lr=0.5, weight_decay=0.25))
+def test_a_checkpoint_is_taken_over_on_whatever_device(device, checkpoint):
+    state = fresh(replace(RECIPE9, lr=0.5, weight_decay=0.25), device=device)
     restore(state, checkpoint, "FILE")
     enter(state, checkpoint)
     assert (state.best, state.epoch, state.step, state.seen) == (37.5, 1, 2, 32)
     assert state.seconds == checkpoint["seconds"]
     for name, value in checkpoint["sums"].items():
-        assert torch.equal(state.sums[name], value)
+        assert torch.equal(state.sums[name], value.to(device))
     found = [state.optimizer.state[p]["momentum_buffer"] for g in state.optimizer.param_groups for p in g["params"]]
-    saved = [each["momentum_buffer"] for each in checkpoint["optimizer"]["state"].values()]
+    saved = [each["momentum_buffer"].to(device) for each in checkpoint["optimizer"]["state"].values()]
     assert all(torch.equal(*pair) for pair in zip(found, saved, strict=True))
     # what the flags say is not the checkpoint's to decide
     assert {(group["lr"], group["weight_decay"]) for group in state.optimizer.param_groups} == {(0.5, 0.25)}
