@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import small_net
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convnet_aig
 from aig.losses import Objective
@@ -317,6 +318,22 @@ def test_the_gradient_of_a_gate_is_summed_up_in_float32(dtype):
     assert torch.equal(residual.grad, gradient * z.detach().to(dtype).view(-1, 1, 1, 1))
     double, ones = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True), torch.rand(2).double()
     assert torch.autograd.gradcheck(ScaledBranch.apply, (double, ones.requires_grad_()))
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("mode", [*convnet_aig.GATE_MODES, "training"])
+def test_a_forward_pass_and_its_loss_need_nothing_of_another_device(mode):
+    """Fake tensors claim to be on a GPU, compute nothing, and refuse tensors of a CPU and whatever needs a value."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, images, labels = small_net(rates=[1, 0.5, 0.5]), torch.rand(4, 3, 8, 8), torch.zeros(4).long()
+        model.train(mode == "training")
+        model.gate_mode = "argmax" if mode == "training" else mode
+        logits, gates = model(images)
+        loss, sums = Objective([1, 0.5, 0.5], 2, (1, 2), "cuda")(logits, labels, gates, 4, warm=0.5)
+    assert {value.device.type for value in (logits, *gates, loss, *sums.values())} == {"cuda"}
 
 
 # ---------------------------------------------------------------------------------------------- stochastic depth
