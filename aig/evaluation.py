@@ -142,10 +142,12 @@ def reestimate_batchnorm(model: AdaptiveResNet, loader: Loader, seed: int) -> No
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # a mean over all batches
         norm.train()
     torch.manual_seed(seed)
-    for images, _ in progress_bar(loader.batches(epoch=1), "BatchNorm", len(loader), "batch"):
+    bar = progress_bar(loader.batches(epoch=1), "BatchNorm", len(loader), "batch")
+    for step, (images, _) in enumerate(bar, start=1):
+        for norm in norms:
+            norm.momentum = 1 / step  # a mean over all batches; None reads their number from the device
         model(images)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum

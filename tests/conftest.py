@@ -15,6 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+@pytest.fixture(params=["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def device(request, monkeypatch):
+    """The CPU, and a GPU where there is one; its convolutions in float32 and not in TF32, to compare them closely."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return torch.device(request.param)
+
+
 @pytest.fixture
 def run(capsys):
     """Runs a script's main as the shell would: `run(train.main, "--epochs", 1)` -> (status, stdout, stderr)."""

@@ -28,13 +28,13 @@ def small_net(classes=4, rates=RATES):
     return model
 
 
-def small_loader(count=48, batch_size=16, classes=4, augment=None):
+def small_loader(count=48, batch_size=16, classes=4, **settings):
     """Random images of 8 x 8 pixels; the last class has none."""
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (count, 8, 8, 3), dtype=torch.uint8, generator=random)
     names = [*"abcdefghi"[: classes - 1], "empty"]
     source = SmallImages(images, torch.randint(classes - 1, (count,), generator=random), names)
-    return SmallImageLoader(source, batch_size, PIXELS, augment=augment)
+    return SmallImageLoader(source, batch_size, PIXELS, **settings)
 
 
 class Batches(Loader):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import small_net
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import convnet_aig
 from aig.losses import Objective
@@ -28,14 +29,14 @@ def parameters(model):
 
 
 @pytest.fixture
-def small():
+def small(device):
     torch.manual_seed(0)
-    return ResNet_cifar(BasicBlock, (2, 2, 2), 5).double().eval()
+    return ResNet_cifar(BasicBlock, (2, 2, 2), 5).to(device).double().eval()
 
 
 @pytest.fixture
-def images():
-    return torch.randn(64, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def images(device):
+    return torch.randn(64, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def unsettle(model):
@@ -74,7 +75,7 @@ def test_parameter_keys_are_the_public_ones():
 
 def test_a_fresh_gate_is_open_with_probability_087(images):
     torch.manual_seed(0)
-    model = ResNet_cifar(BasicBlock, (3, 3, 3)).double().train()
+    model = ResNet_cifar(BasicBlock, (3, 3, 3)).to(images).train()
     with torch.no_grad():
         z = torch.cat([torch.stack(model(images[..., ::4, ::4])[1]) for _ in range(20)])
     p = 1 / (1 + math.exp(0.1 - 2.0))
@@ -135,7 +136,7 @@ def test_sample_differs_between_seeds_and_agrees_in_the_mean_with_p(small, image
 
 def test_expected_scales_by_p_and_all_is_the_plain_resnet(small, images):
     unsettle(small)
-    plain = ResNet_cifar(BasicBlock, (2, 2, 2), 5, target_rates=[1] * 6).double().eval()
+    plain = ResNet_cifar(BasicBlock, (2, 2, 2), 5, target_rates=[1] * 6).to(images).eval()
     plain.load_state_dict({k: v for k, v in small.state_dict().items() if "fc" not in k})
     small.gate_mode = "all"
     torch.testing.assert_close(small(images)[0], plain(images)[0], rtol=1e-9, atol=0)
@@ -166,7 +167,7 @@ def test_temperature_reaches_the_gradient_and_changes_no_decision(small, images)
 
 
 def test_blocks_at_rate_1_have_no_gate_and_report_1(images):
-    model = ResNet_cifar(BasicBlock, (2, 2, 2), target_rates=[1, 0.5, 1, 0, 1.0, 0.999]).double()
+    model = ResNet_cifar(BasicBlock, (2, 2, 2), target_rates=[1, 0.5, 1, 0, 1.0, 0.999]).to(images)
     assert [block.gated for block in model.blocks()] == [False, True, False, True, False, True]
     assert not any(key.startswith(("layer1.0.fc", "layer2.0.fc", "layer3.0.fc")) for key in model.state_dict())
     for mode in (model.train(), model.eval()):
@@ -257,8 +258,8 @@ def test_a_basic_block_has_no_groups():
 
 def test_a_folded_gate_gives_the_log_odds_of_the_gate(small, images):
     block = list(unsettle(small).blocks())[-1]
-    x = torch.randn(50, 32, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    block.fc1 = torch.nn.Conv2d(32, 16, 1).double()
+    x = torch.randn(50, 32, 5, 7, generator=torch.Generator().manual_seed(0)).to(images)
+    block.fc1 = torch.nn.Conv2d(32, 16, 1).to(images)
     for value in (block.fc1bn.running_mean, block.fc1bn.bias.data):
         torch.nn.init.normal_(value)
     for value in (block.fc1bn.running_var, block.fc1bn.weight.data):
@@ -317,6 +318,22 @@ def test_the_gradient_of_a_gate_is_summed_up_in_float32(dtype):
     assert torch.equal(residual.grad, gradient * z.detach().to(dtype).view(-1, 1, 1, 1))
     double, ones = torch.randn(2, 3, 4, 4, dtype=torch.double, requires_grad=True), torch.rand(2).double()
     assert torch.autograd.gradcheck(ScaledBranch.apply, (double, ones.requires_grad_()))
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("mode", [*convnet_aig.GATE_MODES, "training"])
+def test_a_forward_pass_and_its_loss_need_nothing_of_another_device(mode):
+    """Fake tensors claim to be on a GPU, compute nothing, and refuse tensors of a CPU and whatever needs a value."""
+    with FakeTensorMode():
+        with torch.device("cuda"):
+            model, images, labels = small_net(rates=[1, 0.5, 0.5]), torch.rand(4, 3, 8, 8), torch.zeros(4).long()
+        model.train(mode == "training")
+        model.gate_mode = "argmax" if mode == "training" else mode
+        logits, gates = model(images)
+        loss, sums = Objective([1, 0.5, 0.5], 2, (1, 2), "cuda")(logits, labels, gates, 4, warm=0.5)
+    assert {value.device.type for value in (logits, *gates, loss, *sums.values())} == {"cuda"}
 
 
 # ---------------------------------------------------------------------------------------------- stochastic depth

@@ -84,7 +84,8 @@ class Server:
 
         client = visdom.Visdom(port=self.port, env=env, raise_exceptions=True, use_incoming_socket=False, **login)
         found = {name: client.get_window_data(name) for name in names}
-        return {name: json.loads(data)["content"] for name, data in found.items() if data}
+        held = {name: data for name, data in found.items() if data.startswith("{")}  # else "", or a page that says 404
+        return {name: json.loads(data)["content"] for name, data in held.items()}
 
     @property
     def flags(self):
@@ -217,7 +218,7 @@ def assert_windows_are_the_records(server, env, folder):
         if name == "summary":
             assert found[name] == window["data"][0]["content"]
         else:
-            assert found[name] == runs.nan_to_none(window)
+            assert found[name] | runs.nan_to_none(window) == found[name]  # to which a server may add
     assert curves(found["loss"])["training total"] == [record["train"]["loss"] for record in records]
     assert found["activations"]["data"][0]["z"] == records[-1]["val"]["gates_by_class"]
     assert found["executed_blocks"]["data"][0]["y"] == records[-1]["val"]["executed_blocks"]

@@ -1,15 +1,20 @@
 """The batched augmentation is torchvision's, and batches are a function of (seed, epoch, step)."""
 
+import os
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
+import train_img
 from aig import data
 from aig.console import InputError
 from aig.data import DATASETS, Batching, Choice, SmallImageLoader, SmallImages
 from aig.distributed import ALONE, World, world
+from aig.images import photo_transform, read_image
 
 UNIT = ([0.0, 0.0, 0.0], [1 / 255] * 3)  # a normalisation that gives back the pixels
 
@@ -20,23 +25,23 @@ def random_images(count, size=32, classes=10):
     return SmallImages(images, torch.arange(count) % classes, [f"class {k}" for k in range(classes)])
 
 
-def test_crop_and_flip_are_torchvisions_on_the_same_offsets():
+def test_crop_and_flip_are_torchvisions_on_the_same_offsets(device):
     source = random_images(100)
-    loader = SmallImageLoader(source, 100, UNIT, augment="crop+flip")
+    loader = SmallImageLoader(source, 100, UNIT, augment="crop+flip", device=device)
     top, left = torch.meshgrid(torch.arange(9), torch.arange(9), indexing="ij")
     top, left = top.flatten(), left.flatten()  # every offset there is
     flip = torch.arange(81) % 2 == 0
-    crops = loader.crop(torch.arange(81), top, left, flip)
+    crops = loader.crop(*(values.to(device) for values in (torch.arange(81), top, left, flip))).cpu()
     for i in range(81):
         image = TF.crop(TF.pad(Image.fromarray(source.images[i].numpy()), 4), int(top[i]), int(left[i]), 32, 32)
         expected = np.asarray(TF.hflip(image) if flip[i] else image)
         np.testing.assert_array_equal(crops[i].numpy(), expected)
 
 
-def test_offsets_are_uniform_and_flips_even():
-    loader = SmallImageLoader(random_images(2), 2, UNIT, augment="crop+flip")
+def test_offsets_are_uniform_and_flips_even(device):
+    loader = SmallImageLoader(random_images(2), 2, UNIT, augment="crop+flip", device=device)
     n = 90_000
-    top, left, flip = loader.draw(n, torch.Generator().manual_seed(0))
+    top, left, flip = loader.draw(n, torch.Generator(device).manual_seed(0))
     for offsets in (top, left):
         counts = offsets.bincount().double()
         assert len(counts) == 9
@@ -56,13 +61,15 @@ def test_padding_is_black_before_normalising():
         torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_evaluation_batches_are_the_images_in_order_normalised():
+def test_evaluation_batches_are_the_images_in_order_normalised(device):
     source = random_images(10)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
-    images, labels = map(torch.cat, zip(*SmallImageLoader(source, 4, (mean, std)).batches(), strict=True))
+    loader = SmallImageLoader(source, 4, (mean, std), device=device)
+    images, labels = map(torch.cat, zip(*loader.batches(), strict=True))
     expected = torch.stack([TF.normalize(TF.to_tensor(image.numpy()), mean, std) for image in source.images])
-    torch.testing.assert_close(images, expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(labels, source.labels)
+    torch.testing.assert_close(images.cpu(), expected, rtol=1e-5, atol=1e-5)
+    assert images.device.type == labels.device.type == device.type
+    assert torch.equal(labels.cpu(), source.labels)
     assert images.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -74,11 +81,11 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
     assert first != second
 
 
-def test_batches_depend_on_seed_epoch_and_step_alone():
-    source = random_images(100)
+def test_batches_depend_on_seed_epoch_and_step_alone(device):
+    source, settings = random_images(100), {"augment": "crop+flip", "device": device}
 
     def images(seed, epoch, start=0):
-        return [x for x, _ in SmallImageLoader(source, 16, UNIT, augment="crop+flip", seed=seed).batches(epoch, start)]
+        return [x for x, _ in SmallImageLoader(source, 16, UNIT, seed=seed, **settings).batches(epoch, start)]
 
     whole = images(1, 3)
     assert all(torch.equal(a, b) for a, b in zip(whole, images(1, 3), strict=True))
@@ -150,12 +157,10 @@ def test_an_image_that_cannot_be_decoded_is_named(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("augment", [None, "crop+flip"])
-def test_the_processes_share_each_batch_and_draw_as_one(augment):
-    whole = list(SmallImageLoader(random_images(20), 8, UNIT, augment=augment).batches(2))
-    shares = [
-        list(SmallImageLoader(random_images(20), 8, UNIT, augment=augment, world=World(rank, 3)).batches(2))
-        for rank in range(3)
-    ]
+def test_the_processes_share_each_batch_and_draw_as_one(device, augment):
+    source, settings = random_images(20), {"augment": augment, "device": device}
+    whole = list(SmallImageLoader(source, 8, UNIT, **settings).batches(2))
+    shares = [list(SmallImageLoader(source, 8, UNIT, world=World(rank, 3), **settings).batches(2)) for rank in range(3)]
     assert len(whole) == len(shares[0]) + (augment is not None) == 3  # 4 images are too few for three in training
     for batch, *parts in zip(whole, *shares, strict=False):
         for values, *of_processes in zip(batch, *parts, strict=True):
@@ -165,6 +170,55 @@ def test_the_processes_share_each_batch_and_draw_as_one(augment):
 def test_one_process_is_a_world_of_its_own():
     assert world() is ALONE
     assert (ALONE.is_main, ALONE.size, ALONE.shard(7), ALONE.all_max(3, True)) == (True, 1, slice(0, 7), [3, True])
+
+
+# ---------------------------------------------------------------------------------------------- photographs
+
+
+def seeded(folder, train=True):
+    source = data.open_image_folder(folder)
+    return source, data.SeededImages(source.samples, photo_transform(24, train))
+
+
+def test_an_image_seeds_the_generator_of_the_cpu_alone(image_folder, tmp_path, monkeypatch):
+    """`torch.manual_seed` reseeds every device: all gate samples would coincide there."""
+    _, images = seeded(image_folder(tmp_path, train=1) / "train")
+
+    def refuse(*args):
+        raise AssertionError("a device was seeded")
+
+    monkeypatch.setattr(torch, "manual_seed", refuse)
+    for device in (torch.cuda, torch.mps, torch.xpu):
+        for name in ("manual_seed", "manual_seed_all"):
+            monkeypatch.setattr(device, name, refuse, raising=False)
+    before = torch.get_rng_state()
+    first, second, other = (images[seed, 0][0] for seed in (5, 5, 6))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_workers_share_of_the_paths_is_one_array(image_folder, tmp_path):
+    classes = ["été", "c d", *([os.fsdecode(b"b\xff")] if sys.platform == "linux" else [])]  # macOS has UTF-8 only
+    root = image_folder(tmp_path / "photos", classes=classes, train=2)
+    source, images = seeded(root / "train", train=False)
+    for values in (images.paths, images.labels):
+        assert isinstance(values, np.ndarray)
+        assert not values.dtype.hasobject
+    for index, (path, label) in enumerate(source.samples):
+        pixels, found = images[0, index]
+        assert torch.equal(pixels, images.transform(read_image(path)))
+        assert (type(found), found) == (int, label)
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (11, 4, 2), (2, 8, 1)])
+def test_each_process_has_as_many_workers_as_its_share_of_the_cores(monkeypatch, cores, processes, workers):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 99)
+    assert data.default_workers() == train_img.make_parser().parse_args([]).workers == workers
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on macOS
+    assert data.default_workers() == 99 // processes
 
 
 # ---------------------------------------------------------------------------------------------- --split

@@ -1,5 +1,6 @@
 """The loop: what a step does, and with what values."""
 
+import copy
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import RATES, RECIPE, Batches, MemoryRun, new_state, small_loader, small_net, step, train
+from waits import watching
 
 import convnet_aig
 import train as script
-from aig import engine
+from aig import distributed, engine
 from aig.console import Interrupted, TrainingError
 from aig.distributed import World
 from aig.environment import derive_seed
@@ -20,9 +22,9 @@ from aig.losses import target_rate_loss
 from convnet_aig import GATE_LAYERS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
 
 
-def batch(count=16, classes=4):
+def batch(count=16, classes=4, device="cpu"):
     torch.manual_seed(1)
-    return torch.randn(count, 3, 8, 8), torch.randint(classes, (count,))
+    return torch.randn(count, 3, 8, 8).to(device), torch.randint(classes, (count,)).to(device)
 
 
 def noise_of(epoch, number, count, like):
@@ -123,12 +125,12 @@ def test_a_net_without_gates_has_one_group():
 # ---------------------------------------------------------------------------------------------- a step
 
 
-def test_a_training_step_is_the_gradient_of_both_losses():
-    model, (images, labels) = small_net(), batch()
+def test_a_training_step_is_the_gradient_of_both_losses(device):
+    model, (images, labels) = small_net().to(device), batch(device=device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits, gates = model.train()(images, noise=noise_of(1, 1, 16, images))
     z = torch.stack(gates, 1)
-    loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES) - z.mean(0)).square().mean()
+    loss = F.cross_entropy(logits, labels) + 2 * (torch.tensor(RATES, device=device) - z.mean(0)).square().mean()
     expected = torch.autograd.grad(loss, list(model.parameters()))
     sums = step(model, images, labels)
     for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
@@ -206,13 +208,13 @@ def test_warming_target_rates_reach_the_loss():
     assert sums["loss_target"].item() / 16 == pytest.approx(2 * (now - rates).square().mean().item())
 
 
-def test_memory_formats_compute_the_same(monkeypatch):
-    (images, labels), sums, layouts = batch(), [], []
+def test_memory_formats_compute_the_same(device, monkeypatch):
+    (images, labels), sums, layouts = batch(device=device), [], []
     original = ResNet_cifar.stem
     monkeypatch.setattr(ResNet_cifar, "stem", lambda self, x: (
         layouts.append(x.is_contiguous(memory_format=torch.channels_last)), original(self, x))[1])
     for channels_last in (True, False):
-        sums.append(step(small_net().double(), images.double(), labels, channels_last=channels_last))
+        sums.append(step(small_net().to(device).double(), images.double(), labels, channels_last=channels_last))
     torch.testing.assert_close(*sums, rtol=1e-10, atol=1e-10)
     assert (layouts[0], layouts[2]) == (True, False)  # between them is a batch of the validation
 
@@ -344,35 +346,179 @@ def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_sav
     assert (run.records, run.saved) == ([], [])
 
 
-def test_the_training_loop_reads_nothing_from_the_device(monkeypatch):
-    reads, states = [], []
-    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__"):
-        original = getattr(torch.Tensor, name)
+SETTINGS = [
+    {"amp": "off"},
+    {"amp": "bf16", "accumulate": 2, "target_warmup": 3, "warmup": 2},
+    {"amp": "fp16", "fused": True, "momentum": 0.9},
+]
 
-        def reading(self, *args, name=name, original=original, **kwargs):
-            reads.append((states[-1].epoch, states[-1].step) if states else None)
-            return original(self, *args, **kwargs)
 
-        monkeypatch.setattr(torch.Tensor, name, reading)
-    for amp in ("off", "bf16"):
-        model, loader = small_net(), small_loader(augment="crop")
-        states.append(new_state(model, loader))
-        reads.clear()
-        train(model, loader, state=states[-1], amp=amp)
-        assert set(reads) == {(1, 3), (2, 0)}  # when the epoch is through
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_between_two_reports_the_training_loop_waits_for_no_device(changes):
+    model, loader = small_net(), small_loader(80, augment="crop")
+    state, noted = new_state(model, loader, replace(RECIPE, **changes)), []
+    with watching(lambda name: noted.append((state.epoch, state.step, name))):
+        train(model, loader, state=state, print_freq=3, **changes)
+    by_step = {(epoch, step) for epoch, step, _ in noted}
+    assert by_step - {(1, 0)} == {(1, 3), (1, 5), (2, 0)}  # the report, and when the epoch is through
+    assert {name for epoch, step, name in noted if (epoch, step) == (1, 0)} == {"lift_fresh"}  # the target rates
+
+
+WAITS = {
+    "item": lambda x: x[0].item(),
+    "float": lambda x: float(x[0]),
+    "int": lambda x: int(x[0]),
+    "a condition": lambda x: 1 if x[0] > 0 else 2,
+    "an index of a list": lambda x: [1, 2][x[0].long()],
+    "the end of a slice": lambda x: x[: x[0].long()],
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: np.asarray(x),
+    "in words": lambda x: f"{x[0]:.2f}",
+    "a mask as index": lambda x: x[x > 0],
+    "assignment by a mask": lambda x: x.clone().__setitem__(x > 0, x[:1]),
+    "nonzero": lambda x: x.nonzero(),
+    "where without values": lambda x: torch.where(x > 0),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "unique": lambda x: x.unique(),
+    "equal": lambda x: torch.equal(x, x),
+    "allclose": lambda x: torch.allclose(x, x),
+    "bincount": lambda x: x.long().bincount(),
+    "repeat_interleave": lambda x: x.repeat_interleave(x.long()),
+    "a tensor of numbers": lambda x: torch.tensor([1.0, 2.0], device=x.device),
+    "a tensor of one number": lambda x: x.new_tensor(1.0),
+    "a list as index": lambda x: x[[0, 1]],
+    "an array": lambda x: torch.from_numpy(np.ones(2)).to(x.device),
+}
+
+
+@pytest.mark.parametrize("name", WAITS)
+def test_whatever_waits_for_a_device_is_noticed_in_a_step(name):
+    """What the test above relies on."""
+    model, loader, noted, values = small_net(), small_loader(), [], torch.tensor([0.0, 1.0])
+    state = new_state(model, loader)
+
+    def put(*_):
+        WAITS[name](values)
+
+    model.register_forward_hook(put)
+    with watching(lambda _: noted.append((state.epoch, state.step))):
+        train(model, loader, state=state)
+    assert {(1, 1), (1, 2)} < set(noted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_on_a_gpu_no_step_waits_for_it(changes):
+    model, loader = small_net().cuda(), small_loader(80, augment="crop", device="cuda")
+    state = new_state(model, loader, replace(RECIPE, **changes))
+
+    def watch(state):  # not the first step, which loads kernels, nor the end of the epoch
+        torch.cuda.set_sync_debug_mode("error" if state.step < len(loader) else "default")
+
+    try:
+        train(model, loader, state=state, after_step=watch, **changes)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------------------------------------- several processes
+
+
+class Two(World):
+    """One of two processes, of which the other sees the same images and has running means higher by 2."""
+
+    def total(self, values):
+        return {name: 2 * value + 2 * name.endswith("running_mean") for name, value in values.items()}
+
+    def all_max(self, *numbers):
+        return list(numbers)
+
+
+@pytest.fixture
+def without_processes(monkeypatch):
+    """DistributedDataParallel needs the other process."""
+    monkeypatch.setattr(distributed, "DistributedDataParallel", lambda model, **settings: model)
+
+
+def train_as_one_of_two(model, **changes):
+    loader = small_loader(world=Two(0, 2))
+    state = new_state(model, loader, replace(RECIPE, **changes))
+    state.world = loader.world
+    return train(model, loader, state=state, **changes)
+
+
+@pytest.mark.usefixtures("without_processes")
+def test_a_validation_is_of_the_mean_of_all_processes_statistics():
+    model, means = small_net(), []
+    model.register_forward_pre_hook(lambda *_: means.append((model.training, model.bn1.running_mean.clone())))
+    model.register_forward_hook(lambda *_: means.append((model.training, model.bn1.running_mean.clone())))
+    train_as_one_of_two(model)
+    own = [mean for training, mean in means if training][-1]
+    validated = [mean for training, mean in means if not training]
+    assert len(validated) == 6
+    for mean in validated:
+        torch.testing.assert_close(mean, own + 1)
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("sync", [True, False])
+def test_sync_bn_turns_every_batch_norm_into_one_over_all_processes(sync):
+    model = small_net()
+    before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
+    network, _ = distributed.wrap(model, World(0, 2), sync_bn=sync, compile=False)
+    norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 1 + 3 * 2 + 3 + 2  # stem, branches, gates, shortcuts
+    assert {isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms} == {sync}
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    assert all(a is b for a, b in zip(network.parameters(), parameters, strict=True))  # which the optimizer has
+
+
+@pytest.mark.usefixtures("without_processes")
+@pytest.mark.parametrize("sync", [True, False])
+def test_sync_bn_reaches_the_steps(monkeypatch, sync):
+    calls = Counter()
+
+    def forward(norm, x):
+        calls[norm.training] += 1
+        return torch.nn.BatchNorm2d.forward(norm, x)
+
+    monkeypatch.setattr(torch.nn.SyncBatchNorm, "forward", forward)
+    train_as_one_of_two(small_net(), sync_bn=sync)
+    assert calls == ({True: 3 * 12, False: 3 * 12} if sync else {})  # three steps, and the validation
 
 
 # ---------------------------------------------------------------------------------------------- precision
 
 
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(device, amp):
+    model, dtypes = small_net().to(device), {True: Counter(), False: Counter()}  # of training, of validation
+
+    def note(name):
+        return lambda module, inputs, out: dtypes[model.training].update([(name, out.dtype)])
+
+    convolutions = [model.conv1, *(conv for block in model.blocks() for conv, _ in block.layers())]
+    for convolution in convolutions:
+        convolution.register_forward_hook(note("convolution"))
+    for block in model.blocks():
+        block.gate_logits = lambda x, gate=block.gate_logits: (out := gate(x), note("gate")(None, None, out))[0]
+    step(model, *batch(device=device), amp=amp)
+    assert dtypes[True] == {("convolution", PRECISIONS[amp]): 7, ("gate", torch.float32): 3}
+    assert dtypes[False] == {("convolution", torch.float32): 7, ("gate", torch.float32): 3}
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_weights_and_gradients_stay_in_float32(amp):
-    model = small_net()
-    images, labels = batch()
+def test_weights_and_gradients_stay_in_float32(device, amp):
+    model = small_net().to(device)
+    images, labels = batch(device=device)
     sums = step(model, images, labels, amp=amp)
     assert {p.dtype for p in model.parameters()} == {p.grad.dtype for p in model.parameters()} == {torch.float32}
     assert {value.dtype for value in sums.values()} == {torch.float64}
-    exact = step(small_net(), images, labels)
+    exact = step(small_net().to(device), images, labels)
     assert sums["loss_classify"] != exact["loss_classify"]
     assert sums["loss_classify"].item() == pytest.approx(exact["loss_classify"].item(), rel=0.05)
 

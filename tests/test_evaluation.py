@@ -1,6 +1,9 @@
 """Evaluation and `--test`: statistics of images and gates, each against a count image by image."""
 
+import copy
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from steps import PIXELS, RATES, small_loader, small_net
 from torch import nn
+from waits import watching
 
 from aig import evaluation, inference
 from aig.data import SmallImageLoader, SmallImages
+from aig.distributed import World
 from aig.environment import derive_seed
 from aig.losses import Objective
 from convnet_aig import GATE_MODES, BasicBlock, ResNet_cifar
@@ -28,6 +33,13 @@ def loader():
     return small_loader(50)
 
 
+@pytest.fixture
+def placed(device):
+    """A network, a loader and an objective on the device."""
+    objective = Objective(RATES, 2, topk=(1, 2), device=device)
+    return small_net().eval().to(device), small_loader(50, device=device), objective
+
+
 def result_of(model, loader, **more):
     """What `--test` measures, without its time."""
     result = evaluation.measure(model, loader, OBJECTIVE, **more)
@@ -39,9 +51,10 @@ def result_of(model, loader, **more):
 
 
 @pytest.mark.parametrize("mode", GATE_MODES)
-def test_evaluation_statistics_equal_a_count_image_by_image(model, loader, mode):
+def test_evaluation_statistics_equal_a_count_image_by_image(placed, mode):
+    model, loader, objective = placed
     model.gate_mode = mode
-    record = evaluation.evaluate(model, loader, OBJECTIVE, seed=7)
+    record = evaluation.evaluate(model, loader, objective, seed=7)
 
     torch.manual_seed(7)
     with torch.no_grad():
@@ -80,7 +93,17 @@ def test_each_batch_of_the_evaluation_may_stop_it(model, loader):
     assert len(calls) == 3
 
 
-def test_predictions_are_of_every_image_once_and_without_a_gradient(model, loader):
+@pytest.mark.parametrize("mode", GATE_MODES)
+def test_a_validation_reads_from_the_device_when_it_is_through(model, loader, mode):
+    model.gate_mode, begun, noted = mode, [], []
+    with watching(lambda name: noted.append((len(begun), name))):
+        evaluation.evaluate(model, loader, OBJECTIVE, 1, each_batch=lambda: begun.append(1))
+    assert len(begun) == 4
+    assert {batch for batch, _ in noted} == {4}
+
+
+def test_predictions_are_of_every_image_once_and_without_a_gradient(placed):
+    model, loader, _ = placed
     images, labels, logits, z = map(torch.cat, zip(*evaluation.predictions(model, loader, 1), strict=True))
     assert torch.equal(images, torch.cat([x for x, _ in loader.batches()]))
     assert torch.equal(labels, loader.labels)
@@ -136,6 +159,83 @@ def test_results_of_several_seeds_are_averaged_number_by_number():
     results = [{"top1": 1.0, "gates": [0.0, 1.0], "of": {"a": 2}}, {"top1": 2.0, "gates": [1.0, 1.0], "of": {"a": 4}}]
     assert evaluation.mean_of(results) == {"top1": 1.5, "gates": [0.5, 1.0], "of": {"a": 3}}
     assert evaluation.mean_of(results[:1]) is results[0]
+
+
+# ---------------------------------------------------------------------------------------------- the form by device
+
+
+class Elsewhere:
+    """What `accelerated` needs of a network that is not on a CPU."""
+
+    def parameters(self):
+        yield torch.empty(0, device="meta")
+
+    def eval(self):
+        return self
+
+
+@dataclass(frozen=True)
+class Share(World):
+    """One of several processes; `another` says whether any other has chosen to skip."""
+
+    another: bool = False
+
+    def all_max(self, *numbers):
+        return [max(number, self.another) for number in numbers]
+
+
+class Untouched(SmallImageLoader):
+    def batches(self, epoch=0, start=0):
+        raise AssertionError("an epoch of the loader was begun")
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """The images on which `accelerate` has chosen a form, and the form that it is to choose."""
+    given = SimpleNamespace(images=[], conditional=False)
+
+    def accelerate(model, images=None):
+        given.images.append(images)
+        return SimpleNamespace(conditional=True if images is None else given.conditional)
+
+    monkeypatch.setattr(inference, "accelerate", accelerate)
+    return given
+
+
+def share(another=False, count=5):
+    """The share of the last of eight processes: none of five images."""
+    images = SmallImages(torch.zeros(count, 8, 12, 3, dtype=torch.uint8), torch.zeros(count).long(), ["a"])
+    return Untouched(images, 16, PIXELS, world=Share(7, 8, another))
+
+
+def test_off_the_cpu_a_trial_on_made_up_images_decides_even_in_a_process_without_images(tried):
+    loader = share()
+    assert loader.world.shard(5) == slice(5, 5)
+    evaluation.accelerated(Elsewhere(), loader)
+    evaluation.accelerated(Elsewhere(), share(count=40))
+    assert [tuple(images.shape) for images in tried.images] == [(5, 3, 8, 12), (16, 3, 8, 12)]
+    assert {images.device.type for images in tried.images} == {"meta"}
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("another", [False, True])
+def test_all_processes_compute_in_the_form_that_any_has_chosen(tried, own, another):
+    tried.conditional = own
+    assert evaluation.accelerated(Elsewhere(), share(another=another)).conditional is (own or another)
+
+
+def test_results_that_must_repeat_are_not_left_to_a_trial(tried):
+    torch.use_deterministic_algorithms(True)
+    try:
+        network = evaluation.accelerated(Elsewhere(), share())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (tried.images, network.conditional) == ([None], False)
+
+
+def test_a_cpu_always_skips_without_a_trial(tried, model):
+    assert evaluation.accelerated(model, share()).conditional is True
+    assert tried.images == [None]
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -202,6 +302,28 @@ def test_reestimated_statistics_are_those_of_the_images_in_the_gate_mode():
     by_batch = torch.stack([part.var((0, 2, 3)) for part in first.split(32)])
     torch.testing.assert_close(model.bn1.running_var, by_batch.mean(0))
     assert next(model.blocks()).fc1bn.num_batches_tracked == 0  # mode "all" does not ask the gates
+
+
+def test_reestimating_reads_nothing_between_the_batches_and_is_a_mean_over_them(model):
+    """As `momentum=None` computes it, which reads a count from the device for each BatchNorm and batch."""
+    loader, begun, noted = small_loader(50), [], []
+    expected = copy.deepcopy(model)
+    for norm in expected.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for images, _ in loader.batches(epoch=1):
+            expected(images)
+    model.register_forward_pre_hook(lambda *_: begun.append(1))
+    with watching(lambda name: noted.append((len(begun), name))):
+        evaluation.reestimate_batchnorm(model, loader, seed=7)
+    assert len(begun) == 4
+    assert not [name for batch, name in noted if batch > 0]
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.state_dict()[name]), name
 
 
 def test_a_network_that_is_not_finite_is_tested_to_the_end(loader):

@@ -7,17 +7,17 @@ from gumbelmodule import GumbelSoftmax, GumbleSoftmax, gumbel_noise, gumbel_soft
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_noise_is_finite_at_the_ends_of_the_uniform_range(dtype):
+def test_noise_is_finite_at_the_ends_of_the_uniform_range(device, dtype):
     one, zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
     below_one = torch.nextafter(one, zero) if dtype.itemsize > 2 else one - torch.finfo(dtype).eps / 2
     above_zero = torch.tensor(torch.finfo(dtype).tiny, dtype=dtype)
-    noise = gumbel_noise(torch.stack([zero, above_zero, below_one, one]))
+    noise = gumbel_noise(torch.stack([zero, above_zero, below_one, one]).to(device))
     assert noise.isfinite().all()
     assert noise[0] <= noise[1] < 0 < noise[2] <= noise[3]
 
 
-def test_noise_is_finite_for_every_float32_that_the_generator_returns():
-    multiples = torch.arange(2**24, dtype=torch.float32) / 2**24  # torch.rand's grid
+def test_noise_is_finite_for_every_float32_that_the_generator_returns(device):
+    multiples = torch.arange(2**24, dtype=torch.float32, device=device) / 2**24  # torch.rand's grid
     noise = gumbel_noise(multiples)
     assert noise.isfinite().all()
     assert (noise.diff() >= 0).all()
@@ -31,19 +31,19 @@ def test_noise_has_the_moments_of_a_gumbel_distribution():
     assert abs(noise.var() - variance) < 4 * ((5.4 - 1) * variance**2 / n) ** 0.5  # kurtosis 5.4
 
 
-def test_hard_samples_follow_the_softmax_of_the_logits():
+def test_hard_samples_follow_the_softmax_of_the_logits(device):
     n = 100_000
     torch.manual_seed(0)
-    logits = torch.tensor([0.1, 2.0]).expand(n, 2)
+    logits = torch.tensor([0.1, 2.0], device=device).expand(n, 2)
     p = torch.softmax(logits[0], 0)[1].item()
     rate = gumbel_softmax(logits)[:, 1].mean().item()
     assert abs(rate - p) < 4 * (p * (1 - p) / n) ** 0.5
 
 
-def test_hard_samples_are_exactly_one_hot_and_carry_the_gradient_of_the_soft_ones():
+def test_hard_samples_are_exactly_one_hot_and_carry_the_gradient_of_the_soft_ones(device):
     torch.manual_seed(0)
-    logits = torch.randn(1000, 3, requires_grad=True)
-    noise, weights, tau = gumbel_noise(torch.rand(1000, 3)), torch.randn(1000, 3), 0.7
+    logits = torch.randn(1000, 3, device=device, requires_grad=True)
+    noise, weights, tau = gumbel_noise(torch.rand(1000, 3)).to(device), torch.randn(1000, 3).to(device), 0.7
     hard = gumbel_softmax(logits, tau, noise=noise)
     soft = gumbel_softmax(logits, tau, hard=False, noise=noise)
     assert set(hard.unique().tolist()) == {0.0, 1.0}

@@ -12,8 +12,6 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import convnet_aig
@@ -109,49 +107,59 @@ def force(model, monkeypatch, pattern):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("mode", convnet_aig.GATE_MODES)
-def test_gates_and_logits_are_those_of_the_masked_network(kind, mode):
+def test_gates_and_logits_are_those_of_the_masked_network(device, kind, mode):
     build, size = NETWORKS[kind]
-    model = build()
+    model = build().to(device)
     model.gate_mode = mode
     fast = inference.accelerate(model)
-    rates = [assert_same(model, fast, images(n, size)).mean().item() for n in (1, 2, 5, 12)]
+    rates = [assert_same(model, fast, images(n, size).to(device)).mean().item() for n in (1, 2, 5, 12)]
     assert mode == "all" or 0.1 < rates[-1] < 0.9  # else there would be nothing to tell
     fast.conditional = False
-    assert_same(model, fast, images(5, size))
+    assert_same(model, fast, images(5, size).to(device))
 
 
 @pytest.mark.parametrize(
     ("kind", "size"), [("BasicBlock", (17, 40)), ("Bottleneck", (81, 50)), ("Bottleneck", (33, 33))]
 )
-def test_images_of_any_size_and_shape(kind, size):
-    model = NETWORKS[kind][0]()
-    assert_same(model, inference.accelerate(model), images(4, size))
+def test_images_of_any_size_and_shape(device, kind, size):
+    model = NETWORKS[kind][0]().to(device)
+    assert_same(model, inference.accelerate(model), images(4, size).to(device))
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("pattern", ["all open", "all closed", "one gate open", "one image open"])
-def test_extreme_patterns(kind, pattern, monkeypatch):
+def test_extreme_patterns(device, kind, pattern, monkeypatch):
     build, size = NETWORKS[kind]
-    model = build()
+    model = build().to(device)
     gates = sum(block.gated for block in model.blocks())
     for n in (1, 4):
         is_open = torch.full((gates, n), pattern == "all open")
         is_open[2] |= pattern == "one gate open"
         is_open[:, 0] |= pattern == "one image open"
-        z = assert_same(model, force(model, monkeypatch, is_open), images(n, size))
+        z = assert_same(model, force(model, monkeypatch, is_open), images(n, size).to(device)).cpu()
         assert torch.equal(z[:, [block.gated for block in model.blocks()]].bool().t(), is_open)
 
 
-@settings(max_examples=12, deadline=None)
-@given(st.data())
-def test_any_pattern(data):
-    build, size = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
-    model, n = build(), data.draw(st.integers(1, 9))
-    gates = sum(block.gated for block in model.blocks())
-    rows = st.lists(st.booleans(), min_size=n, max_size=n)
-    pattern = torch.tensor(data.draw(st.lists(rows, min_size=gates, max_size=gates)))
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        assert_same(model, force(model, monkeypatch, pattern), images(n, size))
+@pytest.fixture
+def hypothesis():
+    return pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+
+
+def test_any_pattern(hypothesis):
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=12, deadline=None)
+    @hypothesis.given(st.data())
+    def is_the_same(data):
+        build, size = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
+        model, n = build(), data.draw(st.integers(1, 9))
+        gates = sum(block.gated for block in model.blocks())
+        rows = st.lists(st.booleans(), min_size=n, max_size=n)
+        pattern = torch.tensor(data.draw(st.lists(rows, min_size=gates, max_size=gates)))
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            assert_same(model, force(model, monkeypatch, pattern), images(n, size))
+
+    is_the_same()
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
@@ -250,24 +258,29 @@ def test_a_mixed_batch_convolves_only_the_open_images(monkeypatch):
     assert seen == expected
 
 
-@settings(max_examples=8, deadline=None)
-@given(st.data())
-def test_counts_equal_torchs_own_on_what_ran(data):
-    build, _ = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
-    size = data.draw(st.tuples(st.integers(16, 40), st.integers(16, 40)))
-    model, n = build(), data.draw(st.integers(1, 4))
-    cost = inference.count_macs(model, size)
-    fast = inference.accelerate(model)
-    for mode in convnet_aig.GATE_MODES:
-        fast.gate_mode = mode
-        with FlopCounterMode(display=False) as counter:
-            _, gates = fast(images(n, size))
-        ran = torch.ones(n, len(gates)) if mode in convnet_aig.RUNS_EVERYTHING else torch.stack(gates, dim=1)
-        counted = cost.executed(ran, gates=mode != "all")
-        assert counter.get_total_flops() == 2 * counted.sum().item()
-    with FlopCounterMode(display=False) as counter:  # in mode "all" now
-        fast(images(1, size))
-    assert counter.get_total_flops() == 2 * cost.dense
+def test_counts_equal_torchs_own_on_what_ran(hypothesis):
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=8, deadline=None)
+    @hypothesis.given(st.data())
+    def is_equal(data):
+        build, _ = NETWORKS[data.draw(st.sampled_from(sorted(NETWORKS)))]
+        size = data.draw(st.tuples(st.integers(16, 40), st.integers(16, 40)))
+        model, n = build(), data.draw(st.integers(1, 4))
+        cost = inference.count_macs(model, size)
+        fast = inference.accelerate(model)
+        for mode in convnet_aig.GATE_MODES:
+            fast.gate_mode = mode
+            with FlopCounterMode(display=False) as counter:
+                _, gates = fast(images(n, size))
+            ran = torch.ones(n, len(gates)) if mode in convnet_aig.RUNS_EVERYTHING else torch.stack(gates, dim=1)
+            counted = cost.executed(ran, gates=mode != "all")
+            assert counter.get_total_flops() == 2 * counted.sum().item()
+        with FlopCounterMode(display=False) as counter:  # in mode "all" now
+            fast(images(1, size))
+        assert counter.get_total_flops() == 2 * cost.dense
+
+    is_equal()
 
 
 def test_the_fused_kernels_run_the_same_convolutions():
@@ -373,3 +386,11 @@ def test_given_a_batch_it_chooses_a_form_and_the_outputs_stay(monkeypatch):
     assert chosen == [True, False]
     monkeypatch.undo()
     assert inference.seconds(fast, x, repeats=1) > 0
+
+
+def test_a_forward_pass_on_a_device_is_timed_to_its_end(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append(device.type))
+    images = torch.zeros(1, device="meta")
+    assert inference.seconds(lambda x: calls.append("forward"), images, repeats=2) > 0
+    assert calls == ["forward", "meta"] * 3

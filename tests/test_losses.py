@@ -6,19 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from steps import RATES, small_loader, small_net, train
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from aig import engine, evaluation
+from aig import engine, evaluation, inference, losses, state
 from aig.console import TrainingError
 from aig.distributed import World
 from aig.losses import Objective, averages, target_rate_loss, topk_correct
 
 
-def outputs(count=12, classes=5):
+def outputs(count=12, classes=5, device="cpu"):
     """Logits (N, K) with a gradient, labels (N,), and z of three blocks with a gradient."""
     random = torch.Generator().manual_seed(0)
-    logits = torch.randn(count, classes, generator=random).requires_grad_()
-    gates = [(torch.rand(count, generator=random) < 0.6).float().requires_grad_() for _ in RATES]
-    return logits, torch.randint(classes, (count,), generator=random), gates
+    logits = torch.randn(count, classes, generator=random).to(device).requires_grad_()
+    gates = [(torch.rand(count, generator=random) < 0.6).float().to(device).requires_grad_() for _ in RATES]
+    return logits, torch.randint(classes, (count,), generator=random).to(device), gates
 
 
 def test_target_rate_loss_is_the_mean_square_distance_of_the_batch_rates():
@@ -33,9 +35,9 @@ def test_top_k_counts_labels_among_the_k_highest_and_never_more_than_there_are_c
     assert {name: count.item() for name, count in counts.items()} == {"top1": 1, "top2": 2, "top5": 3}
 
 
-def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss():
-    logits, labels, gates = outputs()
-    loss, sums = Objective(RATES, 3, topk=(1, 2))(logits, labels, gates, 12)
+def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss(device):
+    logits, labels, gates = outputs(device=device)
+    loss, sums = Objective(RATES, 3, topk=(1, 2), device=device)(logits, labels, gates, 12)
     z = torch.stack(gates, 1)
     target = 3 * sum((t - r) ** 2 for t, r in zip(RATES, z.mean(0), strict=True)) / 3
     torch.testing.assert_close(loss, F.cross_entropy(logits, labels) + target)
@@ -51,14 +53,14 @@ def test_the_loss_is_cross_entropy_and_lossfact_times_the_target_rate_loss():
     assert means["top2"] == pytest.approx(100 * sums["top2"].item() / 12)
 
 
-def test_parts_of_a_batch_weigh_as_many_images_as_they_have():
-    logits, labels, gates = outputs()
-    objective, losses = Objective(RATES, 3), []
+def test_parts_of_a_batch_weigh_as_many_images_as_they_have(device):
+    logits, labels, gates = outputs(device=device)
+    objective, losses = Objective(RATES, 3, device=device), []
     for part in (slice(0, 5), slice(5, 12)):
         losses.append(objective(logits[part], labels[part], [z[part] for z in gates], 12)[0])
     alone = [
         F.cross_entropy(logits[part], labels[part])
-        + 3 * target_rate_loss(torch.stack(gates, 1)[part].mean(0), torch.tensor(RATES))
+        + 3 * target_rate_loss(torch.stack(gates, 1)[part].mean(0), torch.tensor(RATES, device=device))
         for part in (slice(0, 5), slice(5, 12))
     ]
     torch.testing.assert_close(sum(losses), alone[0] * 5 / 12 + alone[1] * 7 / 12)
@@ -144,3 +146,39 @@ def test_a_broken_third_term_is_noticed(monkeypatch):
     monkeypatch.setattr(engine, "Objective", Broken)
     with pytest.raises(TrainingError, match="step 1"):
         train(small_net(), small_loader())
+
+
+# ---------------------------------------------------------------------------------------------- without float64
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that has none, like MPS."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        out = operator(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_leaves(out)), operator
+        return out
+
+
+@pytest.fixture
+def float32_sums(monkeypatch):
+    """Sums as on MPS."""
+    for module in (losses, evaluation, inference, state):
+        monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+
+
+def test_sums_are_in_float64_where_there_is_one():
+    dtypes = {kind: losses.sum_dtype(torch.device(kind)) for kind in ("cpu", "cuda", "xpu", "mps")}
+    assert dtypes == {**dict.fromkeys(("cpu", "cuda", "xpu"), torch.float64), "mps": torch.float32}
+
+
+@pytest.mark.usefixtures("float32_sums")
+@pytest.mark.parametrize("mode", ["argmax", "sample"])
+def test_training_and_evaluation_need_no_float64(mode):
+    model, loader = small_net(), small_loader(50, augment="crop")
+    model.gate_mode = mode
+    with WithoutFloat64():
+        train(model, loader, target_warmup=2, val=small_loader())
+        result = evaluation.measure(model, small_loader(), Objective(RATES, 2, (1, 2)), samples=2)
+    assert 0 < result["macs_fraction"] < 1
+    assert sum(result["executed_blocks"]) == pytest.approx(48)

@@ -42,8 +42,8 @@ def checkpoint(stopped):
     return copy.deepcopy(stopped)
 
 
-def fresh(recipe=RECIPE9, loader=None):
-    return new_state(small_net(), loader or small_loader(50), recipe)
+def fresh(recipe=RECIPE9, loader=None, device="cpu"):
+    return new_state(small_net().to(device), loader or small_loader(50), recipe)
 
 
 def enter(state, checkpoint, loader=None, objective=None):
@@ -113,16 +113,16 @@ def test_between_two_epochs_a_checkpoint_holds_no_seconds():
 # ---------------------------------------------------------------------------------------------- going on
 
 
-def test_a_checkpoint_is_taken_over(checkpoint):
-    state = fresh(replace(RECIPE9, lr=0.5, weight_decay=0.25))
+def test_a_checkpoint_is_taken_over_on_whatever_device(device, checkpoint):
+    state = fresh(replace(RECIPE9, lr=0.5, weight_decay=0.25), device=device)
     restore(state, checkpoint, "FILE")
     enter(state, checkpoint)
     assert (state.best, state.epoch, state.step, state.seen) == (37.5, 1, 2, 32)
     assert state.seconds == checkpoint["seconds"]
     for name, value in checkpoint["sums"].items():
-        assert torch.equal(state.sums[name], value)
+        assert torch.equal(state.sums[name], value.to(device))
     found = [state.optimizer.state[p]["momentum_buffer"] for g in state.optimizer.param_groups for p in g["params"]]
-    saved = [each["momentum_buffer"] for each in checkpoint["optimizer"]["state"].values()]
+    saved = [each["momentum_buffer"].to(device) for each in checkpoint["optimizer"]["state"].values()]
     assert all(torch.equal(*pair) for pair in zip(found, saved, strict=True))
     # what the flags say is not the checkpoint's to decide
     assert {(group["lr"], group["weight_decay"]) for group in state.optimizer.param_groups} == {(0.5, 0.25)}
@@ -194,6 +194,16 @@ def test_sums_that_are_damaged_are_an_error(checkpoint, name, value):
     checkpoint["sums"][name] = value
     with pytest.raises(InputError, match="FILE"):
         enter(fresh(), checkpoint)
+
+
+def test_sums_of_another_device_take_the_precision_of_this_one(checkpoint, monkeypatch):
+    """MPS has no float64."""
+    assert {value.dtype for value in checkpoint["sums"].values()} == {torch.float64}
+    monkeypatch.setattr("aig.state.sum_dtype", lambda device: torch.float32)
+    state = fresh()
+    enter(state, checkpoint)
+    for name, value in checkpoint["sums"].items():
+        assert torch.equal(state.sums[name], value.float())
 
 
 def test_sums_of_a_term_that_is_missing_are_an_error(checkpoint):

@@ -286,6 +286,13 @@ def test_log_interval_is_the_number_of_steps_between_refreshes_on_a_terminal(run
     assert all(word in shown[0][1] for word in ("loss", "top1", "execution rate"))
 
 
+def test_warm_up_rises_to_the_learning_rate_and_is_recorded(run, tmp_path):
+    command = [*TINY, "--epochs", 2, "--warmup", 4, "--lr", 0.2, "--train-size", 128, "--save", tmp_path]
+    assert run(train.main, *command, "--expname", "warm")[0] == 0
+    assert [record["lr"] for record in runs.read_records(tmp_path / "warm")] == pytest.approx([0.05, 0.01])
+    assert json.loads((tmp_path / "warm/args.json").read_text())["warmup"] == 4
+
+
 def test_val_size_holds_out_training_images(run, tmp_path):
     command = [*TINY, "--epochs", 1, "--val-size", 100, "--save", tmp_path, "--expname", "held-out"]
     status, out, _ = run(train.main, *command)

@@ -220,6 +220,7 @@ def test_photographs_are_normalised_with_imagenets_statistics(tmp_path):
     mean, std = map(torch.tensor, ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     torch.testing.assert_close(images[:, :, 0, 0], torch.stack([-mean / std, (1 - mean) / std]), rtol=1e-5, atol=1e-6)
     assert images.shape == (2, 3, 32, 32)
+    assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_checkpoint_of_the_other_script_is_refused(run, photos, tmp_path):

@@ -71,13 +71,15 @@ def values(script, *argv, classes=10):
 
 def test_every_attribute_of_a_recipe_is_a_flag_or_derived_from_some():
     recipe = values(train, *DIGITS[2:], "--lr", 0.3, "--target-warmup", 4, "--temperature", 2, "--seed", 9,
-                    "--epochs", 8, "--lrfact", 5, "--amp", "bf16", "--print-freq", 7, "--sync-bn", "--compile")
+                    "--epochs", 8, "--lrfact", 5, "--amp", "bf16", "--print-freq", 7, "--sync-bn", "--compile",
+                    "--warmup", 3)
     assert recipe == replace(
         recipe, target_rates=[0.7] * 3, lossfact=2, lr=0.3, milestones=(3,), epochs=8, last=8, seed=9, topk=[1],
-        momentum=0.9, weight_decay=5e-4, lrfact=5, gate_layers=("fc2",), fused=None, warmup=0, target_warmup=4,
+        momentum=0.9, weight_decay=5e-4, lrfact=5, gate_layers=("fc2",), fused=None, warmup=3, target_warmup=4,
         temperature=2, accumulate=1, amp="bf16", compile=True, channels_last=True, sync_bn=True, print_freq=7,
         log_interval=20,
     )
+    assert values(train, *DIGITS[2:]).warmup == 0  # as in the original
     photographs = values(train_img, "--warmup", 2, "--accumulate", 3, "--target-rates", "paper", "--target", 0.4)
     assert (photographs.warmup, photographs.accumulate, photographs.weight_decay) == (2, 3, 1e-4)
     assert photographs.target_rates[:4] == [1, 1, 0.8, 1]
@@ -111,11 +113,12 @@ def test_flags_of_speed_reach_the_loop_and_are_taken_over(run, trained, fitted, 
     assert state.model.layer2[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_stochastic_depth_reaches_the_net(run, fitted, tmp_path):
-    flags = [*DIGITS, "--target", 1, "--stochastic-depth", 0.3, "--save", tmp_path, "--expname", "run"]
+@pytest.mark.parametrize(("rates", "by_block"), [("0.3", [0.3] * 3), ("0.1,0,0.25", [0.1, 0, 0.25])])
+def test_stochastic_depth_reaches_the_net_at_one_rate_or_at_one_a_block(run, fitted, tmp_path, rates, by_block):
+    flags = [*DIGITS, "--target", 1, "--stochastic-depth", rates, "--save", tmp_path, "--expname", "run"]
     assert run(train.main, *flags)[0] == 0
     ((state, _),) = fitted
-    assert [block.drop.p for block in state.model.blocks()] == [0.3] * 3
+    assert [block.drop.p for block in state.model.blocks()] == by_block
 
 
 @pytest.fixture
@@ -210,6 +213,7 @@ def test_what_a_run_records_is_what_its_command_line_gave(script):
     module, architecture = SCRIPTS[script]
     parser = module.make_parser()
     flags = ["--lr", 0.25, "--seed", 7, "--tf32", "--no-channels-last", "--threshold", 0.7, "--checkpoint-minutes", 2]
+    flags += ["--stochastic-depth", "0.1,0,0.25"]
     flags += ["--milestones", 3, 9] if script == "train" else ["--target-rates", "paper"]
     given = vars(parser.parse_args([str(flag) for flag in flags])) | architecture
     recorded = json.loads(json.dumps({name: value for name, value in given.items() if name not in utils.PER_CALL}))
@@ -389,6 +393,8 @@ def test_help_is_quick_grouped_and_complete(script):
     [
         (["--stochastic-depth", "0.3"], "add --target 1"),
         (["--stochastic-depth", "1", "--target", "1"], "below 1"),
+        (["--stochastic-depth", "0.3,1,0", "--target", "1"], "below 1"),
+        (["--stochastic-depth", "0.3,0.2", "--target", "1"], "--stochastic-depth: 2 rates for 3 blocks"),
         (["--temperature-end", "0.5"], "unrecognized arguments: --temperature-end"),
         (["--temperature", "0"], "above 0"),
         (["--train-size", "2000"], "only 1437"),

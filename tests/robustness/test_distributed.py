@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
+from steps import new_state
+from steps import train as train_epochs
 from torch import nn
 
 import train
@@ -112,6 +114,17 @@ def settled():
     return model.bn1.running_mean.tolist()
 
 
+def trained():
+    """The record of a validation after an epoch, and the network, without a checkpoint, which would average anew."""
+    model, world, normalisation = network().float(), distributed.world(), ([0.5] * 3, [0.5] * 3)
+    loader = SmallImageLoader(digits(), 256, normalisation, augment="crop", world=world)
+    val = SmallImageLoader(digits(), 256, normalisation, world=world)
+    state = new_state(model, loader)
+    state.world = world
+    run = train_epochs(model, loader, state=state, val=val)
+    return run.records[0]["val"], model.state_dict()
+
+
 def half_precision():
     """Gradients of a step in float16, which all processes must share."""
     model, world = network().float().train(), distributed.world()
@@ -141,6 +154,7 @@ TASKS = {
     **{("evaluation", mode): (evaluation, mode) for mode in ("argmax", "sample")},
     "parts": (step, 13, 2, 2),
     "settled": (settled,),
+    "trained": (trained,),
     "half precision": (half_precision,),
     "order": (order,),
 }
@@ -238,6 +252,17 @@ def test_processes_evaluate_every_image_once(done, mode):
 
 def test_batch_norm_statistics_become_those_of_all_processes(done):
     assert [results["settled"] for results in done] == [[(len(done) - 1) / 2] * 16] * len(done)
+
+
+def test_a_validation_is_of_the_network_that_all_processes_have(done):
+    record, weights = done[0]["trained"]
+    for results in done[1:]:
+        torch.testing.assert_close(results["trained"], (record, weights), rtol=0, atol=0, equal_nan=True)
+    model = network().float()
+    model.load_state_dict(weights)
+    alone = evaluate(model, SmallImageLoader(digits(), 256, ([0.5] * 3, [0.5] * 3)), Objective(RATES, 2), 1)
+    assert record["executed_blocks"] == alone["executed_blocks"]
+    assert record["loss"] == pytest.approx(alone["loss"], rel=1e-5)
 
 
 def test_the_main_process_goes_first_and_the_others_wait(done):

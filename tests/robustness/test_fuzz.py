@@ -7,8 +7,6 @@ import os
 import pytest
 import torch
 from faults import same
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import train
 import train_img
@@ -16,6 +14,10 @@ import utils
 from aig import runs
 from aig.checkpoint import load_checkpoint
 from aig.console import InputError
+
+pytest.importorskip("hypothesis", reason="hypothesis is not installed")
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 pytestmark = pytest.mark.slow
 
