@@ -69,11 +69,7 @@ def make_parser() -> Parser:
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--test-size", type=number(int, 1), metavar="N",
                         help="take only N of the images, the same ones as --test")
-    add_recorded_flags(parser.add_argument_group("as the checkpoint records it, unless given"))
-    return parser
-
-
-def add_recorded_flags(recorded: argparse._ArgumentGroup) -> None:
+    recorded = parser.add_argument_group("as the checkpoint records it, unless given")
     recorded.add_argument("--data", default="data", metavar="DIR", help="the folder of the images")
     recorded.add_argument("--dataset", default="cifar10", choices=DATASETS, help="which small images")
     recorded.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
@@ -87,6 +83,7 @@ def add_recorded_flags(recorded: argparse._ArgumentGroup) -> None:
                           help="draws of gate mode sample, of which the curve shows the mean")
     recorded.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                           help="processes that decode photographs")
+    return parser
 
 
 def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
