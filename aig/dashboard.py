@@ -390,12 +390,12 @@ def figure(shown: Iterable[Window]) -> Any:
         left = 0
         for window in row:
             right = left + size(window)[0] // WIDTH
-            draw(window, page.add_subfigure(grid[at, left:right]))
+            draw_window(window, page.add_subfigure(grid[at, left:right]))
             left = right
     return page
 
 
-def draw(window: Window, place: Any) -> None:
+def draw_window(window: Window, place: Any) -> None:
     """Draws a window into a matplotlib subfigure."""
     data, layout, axes = window["data"], window["layout"], place.subplots()
     axes.set_title(layout["title"]["text"], parse_math=False)

@@ -137,17 +137,13 @@ def analyze(flags: argparse.Namespace, compared: Sequence[argparse.Namespace]) -
         "similarity": partial(parts.similarity, subject, flags.permutations),
     }
     runs.make_folder(flags.out, "--out")
-    names = list(dict.fromkeys(flags.only))
-    if "similarity" in names and not subject.has_pairs:
-        names.remove("similarity")
-        say("similarity is left out: it needs two classes, and two images of one of them")
-    for name in names:
+    for name in dict.fromkeys(flags.only):
         part = compute[name]()
         write(flags.out, part, flags.format)
         numbers = {**part.numbers, **subject.provenance(), "compared": subject.compared}
         runs.write_json(summary, {**runs.read_json(summary), name: numbers})
         say("\n".join(part.lines))
-    say(f"written to {flags.out}: {', '.join([*names, SUMMARY])}")
+    say(f"written to {flags.out}")
 
 
 def show_images(flags: argparse.Namespace) -> None:
@@ -157,7 +153,7 @@ def show_images(flags: argparse.Namespace) -> None:
     if flags.out:
         runs.make_folder(flags.out, "--out")
         write(flags.out, part, flags.format)
-        say(f"written to {flags.out}: graphs")
+        say(f"written to {flags.out}")
 
 
 # ---------------------------------------------------------------------------------------------- its files

@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from scipy.cluster.hierarchy import dendrogram
 
 from aig.palette import HUES, rgb
@@ -109,12 +109,11 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
     (by_blocks, by_macs), (strips, boxes) = figure.subplots(2, 2, sharex="col", height_ratios=(2, height))
     edges = np.arange(blocks + 2) - 0.5
     for axes, values, bins, form in ((by_blocks, executed, edges, ".2f"), (by_macs, macs, 40, ".4g")):
-        share = np.full(len(values), 1 / len(values))
-        axes.hist(values, bins, weights=share, rwidth=0.9, color=COLOURS[0], edgecolor=COLOURS[0])
+        axes.hist(values, bins, rwidth=0.9, color=COLOURS[0], edgecolor=COLOURS[0])
         axes.axvline(values.mean(), color="black", linestyle="--", label=f"mean {values.mean():{form}}")
         axes.legend(frameon=False)
         axes.set_ylabel("images")
-        axes.yaxis.set_major_formatter("{x:.0%}")
+        axes.yaxis.set_major_formatter(PercentFormatter(len(values)))
     by_macs.axvline(dense, color="black", linestyle=":")
     by_macs.text(dense, 1, "dense net", ha="center", va="bottom", transform=by_macs.get_xaxis_transform())
     shares = [np.histogram(executed[labels == k], edges, density=True)[0] for k in order]

@@ -42,7 +42,7 @@ class Part:
         lines: to print.
     """
 
-    arrays: dict[str, Arrays]
+    arrays: dict[str, Arrays] = field(default_factory=dict)
     tables: dict[str, list[Sequence[Any]]] = field(default_factory=dict)
     numbers: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
@@ -50,19 +50,19 @@ class Part:
 
 def rates(subject: Subject) -> Part:
     """Execution rates by class and block."""
-    found, gated, (rates, order, tree) = subject.graphs, subject.gated, subject.clusters
+    found, gated, (by_class, order, tree) = subject.graphs, subject.gated, subject.clusters
     classes, counts = found["classes"], np.bincount(found["labels"])
     rows = [["class", "images", "mean", *(f"block{block}" for block in range(1, len(gated) + 1))]]
-    rows += [[classes[k], counts[k], rates[k].mean(), *rates[k]] for k in order]
-    arrays = {"rates": rates, "order": order, "tree": tree, "classes": classes}
+    rows += [[classes[k], counts[k], by_class[k].mean(), *by_class[k]] for k in order]
+    arrays = {"rates": by_class, "order": order, "tree": tree, "classes": classes}
     arrays |= {"stages": np.array(subject.model.stages), "gated": gated}
     numbers = {**subject.headline(), "gates": found["opened"].mean(0).tolist()}
     line = "rates: every gate does the same for all classes"
-    spread = np.where(gated, rates.std(0), 0)
+    spread = np.where(gated, by_class.std(0), 0)
     if spread.any():
         block = int(spread.argmax())
-        least, most = rates[:, block].argmin(), rates[:, block].argmax()
-        ends = ", ".join(f"{classes[k]} {rates[k, block]:.3f}" for k in (least, most))
+        least, most = by_class[:, block].argmin(), by_class[:, block].argmax()
+        ends = ", ".join(f"{classes[k]} {by_class[k, block]:.3f}" for k in (least, most))
         line = f"rates: the gate that differs most between classes is that of block {block + 1}: {ends}"
     return Part({"rates": arrays}, {"rates": rows}, numbers, [line])
 
@@ -172,7 +172,8 @@ def robustness(subjects: Iterable[Subject], epsilons: Sequence[float], quality: 
             f"robustness: {name}: error {error[0]:.2f} % at epsilon {epsilons[0]:.4g}, {error[-1]:.2f} % at "
             f"{epsilons[-1]:.4g}, where {changed:.1f} % of the gate decisions have changed"
         )
-    arrays = {key: np.stack([result[key] for result in found.values()]) for key in result}  # (R, 2, E)
+    results = list(found.values())
+    arrays = {key: np.stack([result[key] for result in results]) for key in results[0]}  # (R, 2, E)
     header = ["run", "epsilon", "jpeg_quality", *arrays]
     numbers = {"epsilons": epsilons, "jpeg_quality": quality, "runs": list(found)}
     numbers |= {key: values.tolist() for key, values in arrays.items()}
@@ -185,6 +186,8 @@ def similarity(subject: Subject, permutations: int) -> Part:
     """Agreement of graphs within and between classes."""
     found, (_, order, _) = subject.graphs, subject.clusters
     opened, classes = found["opened"][:, subject.gated], found["classes"]
+    if len(classes) < 2 or np.bincount(found["labels"]).max() < 2:
+        return Part(lines=["similarity is left out: it needs two classes, and two images of one of them"])
     result = measures.similarity(opened, found["labels"], len(classes), permutations, subject.seed)
     rows = [["class", *classes[order]], *([classes[k], *result["agreement"][k, order]] for k in order)]
     numbers = {name: float(result[name]) for name in ("within", "between", "excess", "p")}

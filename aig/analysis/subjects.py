@@ -61,12 +61,6 @@ class Subject:
         """The first of the seeds over which --test takes the mean in gate mode "sample"."""
         return derive_seed(self.seed, "test", 0)
 
-    @property
-    def has_pairs(self) -> bool:
-        """Whether there are two images of one class, and two classes."""
-        counts = self.loader.labels.unique(return_counts=True)[1]
-        return bool(len(counts) > 1 and counts.max() > 1)
-
     @cached_property
     def graphs(self) -> measures.Arrays:
         """The graphs of all images in the network's gate mode; "sample" is drawn once."""
