@@ -18,13 +18,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import html
-import json
 import math
 import os
 import re
 import textwrap
 import threading
-import time
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from itertools import cycle
@@ -41,7 +39,8 @@ from aig.runs import ARGS, MATRIX, METRICS, nan_to_none, read_json, read_records
 
 SERVER, PORT = "http://localhost", 8097
 TIMEOUT = 1.5  # seconds that a training waits for its windows after an epoch
-SHOWN_CLASSES = 20  # a reader can tell so many curves apart
+PATIENCE = 10  # seconds that the server has to answer a message
+SHOWN_CLASSES = 18  # a reader can tell so many curves apart: six hues, three dashes
 WIDTH, HEIGHT = 480, 340  # of a window, in pixels
 PER_INCH = 70  # so many pixels are an inch of an image
 FRACTION = [-0.02, 1.02]  # the range of an axis
@@ -65,7 +64,8 @@ def windows(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.
     """
     val, epochs = records[-1]["val"], [record["epoch"] for record in records]
     rates = run.get("block_rates") or [math.nan] * len(val["gates"])
-    stages = stage_of_each_block(run.get("stages") or [len(rates)], len(rates))
+    counts = run.get("stages", [len(rates)])
+    stages = [stage for stage, count in enumerate(counts) for _ in range(count)]  # of each block
     learning_rate = [curve("learning rate", epochs, series(record["lr"] for record in records), HUES[0])]
     losses = {key: key.removeprefix("loss_") for key in keys(records, r"loss_\w+")}
     execution = both_parts(records, {"execution_rate": ""})
@@ -173,10 +173,9 @@ def class_window(records: Sequence[dict], epochs: list[int]) -> Window:
         title = f"Classes, the {half} most and least demanding of {len(last)}: mean opening rate"
     traces = []
     for index, name in enumerate(ranked):
-        turn, hue = divmod(index, len(HUES))
-        colour = HUES[hue] if turn < len(DASHES) else shade(HUES[hue], 0, 2)
+        dash, hue = divmod(index, len(HUES))
         values = series(record["val"]["classes"][name] for record in records)
-        traces.append(curve(name, epochs, values, colour, list(DASHES)[turn % len(DASHES)]))
+        traces.append(curve(name, epochs, values, HUES[hue], list(DASHES)[dash]))
     return chart(title, "epoch", "branches open, fraction", traces)
 
 
@@ -193,20 +192,16 @@ def heat_map(title: str, names: Sequence[str], rows: np.ndarray, stages: list[in
         "colorscale": "Viridis",
         "colorbar": {"title": {"text": "images open, fraction", "side": "right"}},
     }
+    yaxis = {"type": "category", "autorange": "reversed", "automargin": True, "tickfont": {"size": 10}}
+    window = chart(title, "block", "", [trace], **yaxis)
     ends = [block + 0.5 for block in range(1, blocks) if stages[block] != stages[block - 1]]
     line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "white", "width": 2}}
-    layout = {
-        "title": {"text": title},
-        "xaxis": {"title": {"text": "block"}},
-        "yaxis": {"type": "category", "autorange": "reversed", "automargin": True, "tickfont": {"size": 10}},
-        "shapes": [{**line, "x0": end, "x1": end} for end in ends],
-        "margin": {"l": min(200, 20 + 8 * max(map(len, names))), "r": 20, "t": 40, "b": 60},
-    }
+    window["layout"]["shapes"] = [{**line, "x0": end, "x1": end} for end in ends]
     if blocks <= 36:
-        layout["xaxis"]["dtick"] = 1
+        window["layout"]["xaxis"]["dtick"] = 1
     if classes <= 60:
-        layout["yaxis"]["dtick"] = 1
-    return {"data": [trace], "layout": layout}
+        window["layout"]["yaxis"]["dtick"] = 1
+    return window
 
 
 def block_window(rows: np.ndarray, rates: Sequence[float]) -> Window:
@@ -257,12 +252,6 @@ def fixed(value: float | None, digits: int = 2) -> str:
     return "not finite" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def stage_of_each_block(stages: Sequence[int], total: int) -> list[int]:
-    """0, 0, ..., 1, 1, ...: the stage of each of `total` blocks. `stages` holds the number of blocks in each stage."""
-    found = [stage for stage, count in enumerate(stages) for _ in range(count)]
-    return found if len(found) == total else [0] * total
-
-
 def size(window: Window) -> tuple[int, int]:
     """The width and height of a window, in pixels. A heat map is two windows wide, and higher for many classes."""
     trace = window["data"][0]
@@ -306,13 +295,9 @@ class Dashboard:
     def __init__(self, folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> None:
         if find_spec("visdom") is None:
             raise ImportError("visdom is not installed")
-        import requests  # a dependency of visdom
-
         server = server if "://" in server else f"http://{server}"
         self.folder, self.url = folder.resolve(), f"{server.rstrip('/')}:{port}"
         self.env = (env or self.folder.name).replace("/", "_")  # as the server does
-        self.new_session, self.failure = requests.Session, requests.RequestException
-        self.session: Any = None
         self.drawing: threading.Thread | None = None
         self.warned = False
 
@@ -339,53 +324,40 @@ class Dashboard:
         try:
             self.draw(records)
         except Exception as error:  # no error here may end a training; `update` reports it
-            failures.append(self.reason(error))
+            failures.append(str(error) if isinstance(error, InputError) else repr(error))
 
-    def draw(self, records: list[dict], patience: float = TIMEOUT) -> None:
-        """Draws every window. Raises `failure` if the server does not take them within `patience` seconds."""
-        shown = windows_in(self.folder, records)
-        deadline = time.monotonic() + patience
-        try:
-            if self.session is None:
-                self.session = self.login(deadline)
-            for name, window in shown.items():
+    def draw(self, records: list[dict]) -> None:
+        """Draws every window. Raises InputError if the server does not take them."""
+        from requests import Session  # a dependency of visdom
+
+        with Session() as session:
+            session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
+            if user := os.environ.get("VISDOM_USERNAME"):  # for a server started with -enable_login
+                password = hashlib.sha256(os.environ.get("VISDOM_PASSWORD", "").encode()).hexdigest()
+                self.post(session, "", {"username": user, "password": password})
+            for name, window in windows_in(self.folder, records).items():
                 width, height = size(window)
                 opts = {"title": window["layout"]["title"]["text"], "width": width, "height": height}
-                self.post("events", {"win": name, **window, "opts": opts}, deadline)
-            self.post("save", {"data": [self.env]}, deadline)  # without it, the windows die with their server
-        except self.failure:
-            self.session = None  # a server that comes back asks for the password again
-            raise
+                self.post(session, "events", {"win": name, "eid": self.env, **window, "opts": opts})
+            # without it, the windows die with their server
+            self.post(session, "save", {"data": [self.env], "eid": self.env})
 
-    def login(self, deadline: float) -> Any:
-        """A session. It is logged in if VISDOM_USERNAME is set, as for a server started with -enable_login."""
-        session = self.new_session()
-        session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
-        if user := os.environ.get("VISDOM_USERNAME"):
-            password = os.environ.get("VISDOM_PASSWORD", "")
-            credentials = {"username": user, "password": hashlib.sha256(password.encode()).hexdigest()}
-            answer = session.post(self.url, json=credentials, timeout=seconds_to(deadline), allow_redirects=False)
-            answer.raise_for_status()
-        return session
+    def post(self, session: Any, endpoint: str, message: dict[str, Any]) -> None:
+        """Sends one message. Raises InputError if the server does not take it."""
+        from requests import RequestException
 
-    def post(self, endpoint: str, message: dict[str, Any], deadline: float) -> None:
-        """Sends one message to the environment. Raises `failure` if the server does not take it."""
-        # One infinity would make the window vanish. None leaves a gap.
-        text = json.dumps(nan_to_none({**message, "eid": self.env}), allow_nan=False)
-        where, patience = f"{self.url}/{endpoint}", seconds_to(deadline)
-        answer = self.session.post(where, data=text, timeout=patience, allow_redirects=False)
-        answer.raise_for_status()
-        if answer.is_redirect:  # to the login page
-            raise self.failure("the server asks for a login: set VISDOM_USERNAME and VISDOM_PASSWORD")
-
-    def reason(self, error: Exception) -> str:
-        """What went wrong, in one line."""
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (400, 401, 403):
-            return f"{self.url} refuses (HTTP {status}): check VISDOM_USERNAME and VISDOM_PASSWORD"
-        if isinstance(error, self.failure) and "VISDOM_USERNAME" not in str(error):
-            return f"no answer from {self.url} ({type(error).__name__})"
-        return " ".join(f"{type(error).__name__}: {error}".split())
+        where = f"{self.url}/{endpoint}"
+        message = nan_to_none(message)  # one infinity would make the window vanish; None leaves a gap
+        try:
+            answer = session.post(where, json=message, timeout=PATIENCE, allow_redirects=False)
+            refused = answer.is_redirect or answer.status_code in (400, 401, 403)  # or sent to the login page
+            if not refused:
+                answer.raise_for_status()
+        except RequestException as error:
+            kind = type(error).__name__
+            raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
+        if refused:
+            raise InputError(f"{self.url} asks for a login: check VISDOM_USERNAME and VISDOM_PASSWORD")
 
 
 def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | NullDashboard:
@@ -397,11 +369,6 @@ def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "")
         return NullDashboard()
 
 
-def seconds_to(deadline: float) -> float:
-    """The time left to a deadline. It is above 0, as a time-out must be."""
-    return max(0.01, deadline - time.monotonic())
-
-
 # ---------------------------------------------------------------------------------------------- matplotlib
 
 
@@ -409,57 +376,59 @@ def figure(shown: Iterable[Window]) -> Any:
     """The windows as one matplotlib figure, three in a row. A heat map takes the place of two."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    places: list[tuple[Window, int, int, int]] = []  # each with its row, its first column and the column after it
-    row, column = 0, 0
+    rows: list[list[Window]] = [[]]
     for window in shown:
-        span = round(size(window)[0] / WIDTH)
-        if column + span > 3:
-            row, column = row + 1, 0
-        places.append((window, row, column, column + span))
-        column += span
-    heights = [max(size(window)[1] for window, at, *_ in places if at == number) for number in range(row + 1)]
-    columns = max(right for *_, right in places)
+        if sum(size(each)[0] for each in [*rows[-1], window]) > 3.5 * WIDTH:
+            rows.append([])
+        rows[-1].append(window)
+    heights = [max(size(window)[1] for window in row) for row in rows]
+    columns = max(sum(size(window)[0] for window in row) // WIDTH for row in rows)
     page = Figure((columns * WIDTH / PER_INCH, sum(heights) / PER_INCH), layout="constrained")
     page.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
-    grid = page.add_gridspec(len(heights), columns, height_ratios=heights)
-    for window, at, left, right in places:
-        draw(window, page.add_subfigure(grid[at, left:right]))
+    grid = page.add_gridspec(len(rows), columns, height_ratios=heights)
+    for at, row in enumerate(rows):
+        left = 0
+        for window in row:
+            right = left + size(window)[0] // WIDTH
+            draw_window(window, page.add_subfigure(grid[at, left:right]))
+            left = right
     return page
 
 
-def draw(window: Window, place: Any) -> None:
+def draw_window(window: Window, place: Any) -> None:
     """Draws a window into a matplotlib subfigure."""
     data, layout, axes = window["data"], window["layout"], place.subplots()
     axes.set_title(layout["title"]["text"], parse_math=False)
-    if data[0]["type"] == "text":
+    kind = data[0]["type"]
+    if kind == "text":
         draw_text(data[0]["content"], axes)
         return
-    for trace in data:
-        if trace["type"] == "scatter":
-            marker = None if trace["line"]["dash"] == "dot" and len(trace["x"]) > 1 else "o"
-            style = {"color": trace["line"]["color"], "marker": marker, "markersize": 2.5}
-            axes.plot(trace["x"], trace["y"], DASHES[trace["line"]["dash"]], label=trace["name"], **style)
-        elif trace["type"] == "bar":
-            axes.bar(trace["x"], trace["y"], width=0.9, color=trace["marker"]["color"])
-        else:
-            draw_heat_map(trace, axes)
+    if kind == "heatmap":
+        draw_heat_map(data[0], layout["shapes"], axes)
+    else:
+        draw_curves(data, layout["yaxis"], axes)
     axes.set_xlabel(layout["xaxis"]["title"]["text"])
     if "dtick" in layout["xaxis"]:
         axes.set_xticks(data[0]["x"])
     else:
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if "title" in layout["yaxis"]:
-        axes.set_ylabel(layout["yaxis"]["title"]["text"])
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    if layout["yaxis"].get("type") == "log":
-        axes.set_yscale("log")
-    if "range" in layout["yaxis"]:
-        axes.set_ylim(*layout["yaxis"]["range"])
-    for line in layout.get("shapes", []):
-        axes.axvline(line["x0"], color=line["line"]["color"], linewidth=1.5)
-    if layout.get("showlegend"):
+    if layout["showlegend"]:
         draw_legend(axes)
+
+
+def draw_curves(data: list[dict[str, Any]], yaxis: dict[str, Any], axes: Any) -> None:
+    """Draws curves or bars."""
+    for trace in data:
+        if trace["type"] == "bar":
+            axes.bar(trace["x"], trace["y"], width=0.9, color=trace["marker"]["color"])
+        else:
+            style = {"color": trace["line"]["color"], "marker": "o", "markersize": trace["marker"]["size"] / 2}
+            axes.plot(trace["x"], trace["y"], DASHES[trace["line"]["dash"]], label=trace["name"], **style)
+    axes.set_ylabel(yaxis["title"]["text"])
+    axes.set_yscale(yaxis.get("type", "linear"))
+    axes.set_ylim(yaxis.get("range"))
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
 
 
 def draw_text(content: str, axes: Any) -> None:
@@ -470,26 +439,25 @@ def draw_text(content: str, axes: Any) -> None:
     axes.axis("off")
 
 
-def draw_heat_map(trace: dict[str, Any], axes: Any) -> None:
+def draw_heat_map(trace: dict[str, Any], lines: list[dict[str, Any]], axes: Any) -> None:
     """Draws a heat map with its colour bar. The rows have names if there is space for them."""
-    names, values = trace["y"], trace["z"]
+    names = trace["y"]
     extent = (0.5, len(trace["x"]) + 0.5, len(names) - 0.5, -0.5)
-    image = axes.imshow(values, vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
+    image = axes.imshow(trace["z"], vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
     axes.figure.colorbar(image, label=trace["colorbar"]["title"]["text"])
     if len(names) <= 100:
         axes.set_yticks(range(len(names)), names, parse_math=False)
+    for line in lines:
+        axes.axvline(line["x0"], color=line["line"]["color"], linewidth=1.5)
 
 
 def draw_legend(axes: Any) -> None:
-    """Draws a legend of all curves: beside the chart if there are many, and small if there are very many."""
+    """Draws a legend of all curves: beside the chart if there are many, in two columns if there are very many."""
     lines = axes.get_lines()
     names = [line.get_label() for line in lines]
-    style: dict[str, Any] = {"loc": "best", "fontsize": "x-small", "handlelength": 3}
-    if len(lines) > 4:
-        style |= {"loc": "center left", "bbox_to_anchor": (1, 0.5)}
-    if len(lines) > 21:
-        style |= {"fontsize": 5, "handlelength": 1.5, "columnspacing": 1, "ncols": 1 + len(lines) // 31}
-    for text in axes.legend(lines, names, **style).get_texts():
+    beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + len(lines) // 31}
+    place = beside if len(lines) > 4 else {"loc": "best"}
+    for text in axes.legend(lines, names, fontsize="x-small", handlelength=3, **place).get_texts():
         text.set_parse_math(False)
 
 
@@ -529,10 +497,7 @@ def show(folder: Path, records: list[dict], args: argparse.Namespace) -> None:
         board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
     except ImportError as error:
         raise InputError(f"{error}; see the README on how to install it, or draw with --png FOLDER") from error
-    try:
-        board.draw(records, patience=60)
-    except board.failure as error:
-        raise InputError(f"{board.reason(error)}: start one with python -m visdom.server, or use --png") from error
+    board.draw(records)
     say(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
 
 

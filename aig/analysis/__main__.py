@@ -7,21 +7,27 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
+import csv
+import io
+import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import matplotlib
+import numpy as np
+
 from aig import checkpoint as files
 from aig import distributed, runs
-from aig.analysis import output, single
-from aig.analysis.parts import PARTS, Analysis
-from aig.analysis.subjects import Subject, open_model, open_subject
+from aig.analysis import figures, parts
+from aig.analysis.subjects import open_model, open_subject, with_others
 from aig.console import InputError, Parser, number, run_command, say
 from aig.data import DATASETS, default_workers, same_classes
 
+SUMMARY = "summary.json"
+FORMATS = ("png", "pdf", "svg")
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
-EPSILONS = [Fraction(steps, 255) for steps in (0, 1, 2, 4, 8, 16)]
+EPSILONS = [steps / 255 for steps in (0, 1, 2, 4, 8, 16)]
 # flags whose values a checkpoint records
 RECORDED = ("data", "dataset", "split", "gate_mode", "threshold", "batch_size", "seed", "gate_samples", "workers")
 
@@ -29,14 +35,15 @@ RECORDED = ("data", "dataset", "split", "gate_mode", "threshold", "batch_size", 
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def epsilon(text: str) -> Fraction:
-    """An argparse type: a number such as 0.01 or 4/255, in [0, 1]."""
+def epsilon(text: str) -> float:
+    """An argparse type: a number in [0, 1], such as 0.01 or 4/255."""
+    above, _, below = text.partition("/")
     try:
-        value = Fraction(text) if "/" in text else Fraction(float(text))
-    except (ValueError, OverflowError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.01 or 4/255") from None
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1, such as 0.01 or 4/255")
     return value
 
 
@@ -44,8 +51,9 @@ def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.analysis", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", required=True, metavar="RUN", help="the checkpoint or run folder to analyze")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where figures, tables and arrays go")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="what to compute (default: all)")
-    parser.add_argument("--compare", nargs="+", metavar="RUN",
+    parser.add_argument("--only", nargs="+", choices=parts.PARTS, default=parts.PARTS,
+                        help="what to compute (default: all)")
+    parser.add_argument("--compare", nargs="+", default=[], metavar="RUN",
                         help="show these runs on the curve and in the robustness, too; plain ResNets included")
     parser.add_argument("--image", nargs="+", metavar="FILE", help="show these images' graphs instead")
     parser.add_argument("--thresholds", nargs="+", type=number(float, above=0, below=1), default=THRESHOLDS,
@@ -57,16 +65,11 @@ def make_parser() -> Parser:
     parser.add_argument("--permutations", type=number(int, 1), default=999, metavar="N",
                         help="shuffle the labels so often, to know which similarity is chance")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier analysis left in --out")
-    parser.add_argument("--format", default="png", choices=output.FORMATS, help="format of the figures")
+    parser.add_argument("--format", default="png", choices=FORMATS, help="format of the figures")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     parser.add_argument("--test-size", type=number(int, 1), metavar="N",
                         help="take only N of the images, the same ones as --test")
-    parser.add_argument("--dense", action="store_true", help="compute every branch and mask it, as in training")
-    add_recorded_flags(parser.add_argument_group("as the checkpoint records it, unless given"))
-    return parser
-
-
-def add_recorded_flags(recorded: argparse._ArgumentGroup) -> None:
+    recorded = parser.add_argument_group("as the checkpoint records it, unless given")
     recorded.add_argument("--data", default="data", metavar="DIR", help="the folder of the images")
     recorded.add_argument("--dataset", default="cifar10", choices=DATASETS, help="which small images")
     recorded.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
@@ -80,14 +83,21 @@ def add_recorded_flags(recorded: argparse._ArgumentGroup) -> None:
                           help="draws of gate mode sample, of which the curve shows the mean")
     recorded.add_argument("--workers", type=number(int, 0, 1024), default=default_workers(), metavar="N",
                           help="processes that decode photographs")
+    return parser
 
 
-def read_checkpoint(path: str, parser: Parser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, dict]:
-    """A checkpoint and the flags with which to use it: as given, else as it records them, else the defaults."""
+def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags with which to use a run: as given, else as its checkpoint records them, else the defaults.
+
+    Beside them `path` of the checkpoint, all that is `recorded` in it, and `epoch`, those it was trained for.
+    """
+    path = str(files.checkpoint_in(run, runs.BEST, runs.CHECKPOINT))
     checkpoint, given = files.load_checkpoint(path), parser.given(argv)
-    own = files.recorded(checkpoint)
+    own, following = files.recorded(checkpoint), checkpoint.get("epoch")
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)
-    return argparse.Namespace(**{**vars(parser.parse_args(argv)), **inherited}), checkpoint
+    flags = {**vars(parser.parse_args(argv)), **inherited}
+    epoch = following - 1 if isinstance(following, int) else None
+    return argparse.Namespace(**flags, path=path, recorded=own, epoch=epoch)
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -101,72 +111,74 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.out and not args.image:
         raise InputError("say where figures and tables go: --out DIR")
     if args.out and not args.overwrite:
-        output.check_vacant(args.out, ["graphs"] if args.image else args.only)
-    path, *compared = (find(run) for run in (args.resume, *(args.compare or ())))
-    read = partial(read_checkpoint, parser=parser, argv=argv)
+        check_vacant(args.out, ["graphs"] if args.image else args.only)
+    flags = flags_for(args.resume, parser, argv)
     if args.image:
-        show_images(path, read(path)[0])
+        show_images(flags)
     else:
-        analyze(path, compared, read)
+        analyze(flags, [flags_for(run, parser, argv) for run in args.compare])
 
 
-def find(run: str) -> str:
-    """The checkpoint of a run: the file itself, or the best one of a run folder."""
-    return str(files.checkpoint_in(run, runs.BEST, runs.CHECKPOINT))
-
-
-def analyze(path: str, compared: Sequence[str], read: Callable[[str], tuple[argparse.Namespace, dict]]) -> None:
-    """Computes the parts asked for, and writes each as soon as it is there.
-
-    Args:
-        path, compared: the checkpoints to analyze, and to compare it with.
-        read: opens one, see `read_checkpoint`.
-    """
-    args, checkpoint = read(path)
-    runs.read_json(args.out / output.SUMMARY)  # if it is damaged, better say so before the work than after it
-    subject = open_subject(path, args, checkpoint)
+def analyze(flags: argparse.Namespace, compared: Sequence[argparse.Namespace]) -> None:
+    """Computes the parts asked for, and writes each as soon as it is there."""
+    summary = flags.out / SUMMARY
+    runs.read_json(summary)  # if it is damaged, better say so before the work than after it
+    subject = open_subject(flags)
     if not subject.model.num_gates:
-        raise InputError(f"{path} is a net without gates: analyze one with gates, and --compare this one")
+        raise InputError(f"{flags.path} is a net without gates: analyze one with gates, and --compare this one")
     for other in compared:
-        classes = files.recorded(read(other)[1]).get("classes", subject.loader.classes)
-        same_classes(subject.loader.classes, classes, other)
-    names = unique([subject.name, *(Path(other).resolve().parent.name for other in compared)])
-
-    def others() -> Iterator[Subject]:
-        for other, name in zip(compared, names[1:], strict=True):
-            yield open_subject(other, *read(other), name)
-
-    settings = (args.thresholds, [float(value) for value in sorted(set(args.epsilons))], args.jpeg_quality)
-    analysis = Analysis(subject, others, *settings, args.permutations)
-    runs.make_folder(args.out, "--out")
-    parts = list(dict.fromkeys(args.only))
-    if "similarity" in parts and not analysis.has_pairs:
-        parts.remove("similarity")
-        say("similarity is left out: it needs two classes, and two images of one of them")
-    for name in parts:
-        part = PARTS[name](analysis)
-        origin = {**subject.provenance(), "compared": analysis.compared}
-        output.keep(args.out, name, part, origin, args.format)
+        same_classes(subject.loader.classes, other.recorded.get("classes", subject.loader.classes), other.path)
+    epsilons = sorted(set(flags.epsilons))
+    compute = {
+        "rates": partial(parts.rates, subject),
+        "usage": partial(parts.usage, subject),
+        "curve": partial(parts.curve, with_others(subject, compared), flags.thresholds),
+        "robustness": partial(parts.robustness, with_others(subject, compared), epsilons, flags.jpeg_quality),
+        "similarity": partial(parts.similarity, subject, flags.permutations),
+    }
+    runs.make_folder(flags.out, "--out")
+    for name in dict.fromkeys(flags.only):
+        part = compute[name]()
+        write(flags.out, part, flags.format)
+        numbers = {**part.numbers, **subject.provenance(), "compared": subject.compared}
+        runs.write_json(summary, {**runs.read_json(summary), name: numbers})
         say("\n".join(part.lines))
-    say(f"written to {args.out}: {', '.join([*parts, output.SUMMARY])}")
+    say(f"written to {flags.out}")
 
 
-def unique(names: Sequence[str]) -> list[str]:
-    """The names, each that repeats an earlier one with a number added."""
-    found: list[str] = []
-    for name in names:
-        found.append(name if name not in found else f"{name} ({1 + len(found)})")
-    return found
-
-
-def show_images(path: str, args: argparse.Namespace) -> None:
+def show_images(flags: argparse.Namespace) -> None:
     """Prints the best guesses and the graph of each image, and draws them into --out."""
-    part = single.graphs(open_model(path, args), args.image, args.seed)
+    part = parts.graphs(open_model(flags), flags.image, flags.seed)
     say("\n".join(part.lines))
-    if args.out:
-        runs.make_folder(args.out, "--out")
-        output.draw(args.out, "graphs", part.arrays["graphs"], args.format)
-        say(f"written to {args.out}: graphs")
+    if flags.out:
+        runs.make_folder(flags.out, "--out")
+        write(flags.out, part, flags.format)
+        say(f"written to {flags.out}")
+
+
+# ---------------------------------------------------------------------------------------------- its files
+
+
+def check_vacant(folder: Path, names: Sequence[str]) -> None:
+    """Raises InputError if --out holds results of these parts already."""
+    if found := sorted(path.name for path in folder.glob("*.*") if path.stem in names):
+        raise InputError(f"{folder} already holds {', '.join(found)}: choose another --out, or add --overwrite")
+
+
+def write(folder: Path, part: parts.Part, form: str) -> None:
+    """Writes the tables of a part, and each figure as an image and as the arrays that it is drawn from."""
+    for table, rows in part.tables.items():
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with runs.atomic_write(folder / f"{table}.csv") as file:
+            file.write(text.getvalue().encode())
+    for name, arrays in part.arrays.items():
+        for other in FORMATS:  # of an earlier analysis
+            (folder / f"{name}.{other}").unlink(missing_ok=True)
+        with runs.atomic_write(folder / f"{name}.npz") as file:
+            np.savez_compressed(file, **arrays)
+        with runs.atomic_write(folder / f"{name}.{form}") as file, matplotlib.rc_context(figures.STYLE):
+            figures.FIGURES[name](**arrays).savefig(file, format=form)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Shapes: N images, L blocks, K classes, R runs, E epsilons.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,14 +16,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.cluster.hierarchy import leaves_list, linkage
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from aig.console import progress_bar
 from aig.data import Loader
 from aig.environment import derive_seed
 from aig.evaluation import accelerated, measure, predictions
-from aig.inference import Macs
+from aig.inference import count_macs
 from aig.losses import Objective
 from convnet_aig import AdaptiveResNet, draw_noise
 
@@ -33,33 +34,43 @@ GRADIENT_PIXELS = 1 << 19  # gradients are taken of so many at once: 10 photogra
 # ---------------------------------------------------------------------------------------------- graphs of all images
 
 
-def inference_graphs(network: nn.Module, loader: Loader, cost: Macs, seed: int) -> Arrays:
-    """The graph of every image in the network's gate mode, in the order of the loader.
+def inference_graphs(model: AdaptiveResNet, loader: Loader, seed: int) -> Arrays:
+    """The graph of every image in the network's gate mode, "argmax" or "sample", in the order of the loader.
 
     Args:
-        network: in gate mode "argmax" or "sample".
         seed: see `evaluation.predictions`.
 
     Returns:
-        labels, predicted (N,); opened (N, L), whether the branch ran; macs (N,), multiply-accumulates.
+        classes (K,), the names of those that have images; labels (N,), indices into them; guesses (N,), names of the
+        predicted classes; right (N,), whether they are the labels'; opened (N, L), whether the branch ran;
+        executed (N,), the number of these; macs (N,), multiply-accumulates.
     """
-    found: dict[str, list[Tensor]] = {"labels": [], "predicted": [], "opened": [], "macs": []}
-    for _, labels, logits, z in predictions(network, loader, seed):
-        batch = {"labels": labels, "predicted": logits.argmax(1), "opened": z > 0.5, "macs": cost.executed(z)}
-        for name, values in batch.items():
-            found[name].append(values)
-    return {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
+    cost = count_macs(model, loader.size)
+    batches = [
+        (labels, logits.argmax(1), z > 0.5, cost.executed(z))
+        for _, labels, logits, z in predictions(accelerated(model, loader), loader, seed)
+    ]
+    labels, predicted, opened, macs = (torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True))
+    names = np.array(loader.classes)
+    present, indices = np.unique(labels, return_inverse=True)
+    return {
+        "classes": names[present],
+        "labels": indices,
+        "guesses": names[predicted],
+        "right": predicted == labels,
+        "opened": opened,
+        "executed": opened.sum(1),
+        "macs": macs,
+    }
 
 
 def cheapest_and_dearest(macs: np.ndarray, count: int) -> np.ndarray:
-    """The places in macs (N,) of the `count` least values on the left and the most on the right: (2 count,).
+    """The places in macs (N,) of the `count` least values and then of the most, ascending: (2 count,).
 
-    Equal ones stay in their order; -1 in the middle where there are too few.
+    Equal values stay in their order.
     """
     order = np.argsort(macs, kind="stable")
-    left = order[: min(count, (len(order) + 1) // 2)]
-    right = order[len(left) :][-count:]
-    return np.concatenate([left, np.full(2 * count - len(left) - len(right), -1), right])
+    return np.concatenate([order[:count], order[-count:]])
 
 
 def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,17 +103,16 @@ def compare(opened: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[n
 
 
 def within_and_between(alike: np.ndarray, compared: np.ndarray) -> tuple[float, float]:
-    """The agreement within classes and between them, as fractions, from what `compare` returns; NaN without a pair."""
+    """The agreement within classes and between them, as fractions, from what `compare` returns."""
     inside, pairs = np.trace(alike), np.trace(compared)
-    with np.errstate(invalid="ignore"):
-        return float(inside / pairs), float((alike.sum() - inside) / (compared.sum() - pairs))
+    return inside / pairs, (alike.sum() - inside) / (compared.sum() - pairs)
 
 
 def similarity(opened: np.ndarray, labels: np.ndarray, num_classes: int, permutations: int, seed: int) -> Arrays:
     """Are graphs of one class more alike than those of different classes, beyond chance?
 
     The measure is the mean agreement within classes minus that between them; chance is what it is when the labels are
-    shuffled among the images.
+    shuffled among the images. There must be two classes, and two images of one of them.
 
     Args:
         opened: (N, L), the decisions of the L gates.
@@ -115,23 +125,25 @@ def similarity(opened: np.ndarray, labels: np.ndarray, num_classes: int, permuta
     """
     alike, compared = compare(opened, labels, num_classes)
     within, between = within_and_between(alike, compared)
+    excess = within - between
     random = np.random.default_rng(derive_seed(seed, "permutations"))
-    shuffled, labels = [], np.sort(labels)
-    for _ in progress_bar(range(permutations), "permutations", permutations, "permutation"):
+    ordered = np.sort(labels)
+    shuffled = np.zeros(permutations)
+    for index in progress_bar(range(permutations), "permutations", permutations, "permutation"):
         mixed = opened[random.permutation(len(opened))]
-        inside, outside = within_and_between(*compare(mixed, labels, num_classes))
-        shuffled.append(inside - outside)
+        inside, outside = within_and_between(*compare(mixed, ordered, num_classes))
+        shuffled[index] = inside - outside
     # the counts are exact and only the division rounds: equal values may differ in the last digit
-    larger = np.sum(np.array(shuffled) >= within - between - 1e-12)
+    p = (1 + np.sum(shuffled >= excess - 1e-12)) / (1 + permutations)
     with np.errstate(invalid="ignore"):
-        agreement = np.where(compared > 0, alike / compared, np.nan)
+        agreement = alike / compared
     return {
         "agreement": agreement,
-        "within": np.array(within),
-        "between": np.array(between),
-        "excess": np.array(within - between),
-        "shuffled": np.array(shuffled),
-        "p": np.array((1 + larger) / (1 + permutations)),
+        "within": within,
+        "between": between,
+        "excess": excess,
+        "shuffled": shuffled,
+        "p": p,
     }
 
 
@@ -139,24 +151,24 @@ def similarity(opened: np.ndarray, labels: np.ndarray, num_classes: int, permuta
 
 
 def operating_points(
-    model: AdaptiveResNet, loader: Loader, objective: Objective, points: Sequence[tuple[str, float]], **settings: Any
+    model: AdaptiveResNet, loader: Loader, points: Sequence[tuple[str, float]], samples: int, seed: int
 ) -> list[dict[str, Any]]:
-    """Measures the network as `--test` does, once for each (gate mode, threshold).
-
-    Args:
-        objective, settings: see `evaluation.measure`.
+    """Measures the network as `--test` does, once for each (gate mode, threshold); see `evaluation.measure`.
 
     Returns:
         For each point mode, threshold (NaN in other modes than argmax), error in percent, execution_rate, macs_mean,
         macs_fraction, macs_paper.
     """
+    # the target rates matter only to the loss, which nothing here reports
+    rates = [1.0] * len(list(model.blocks()))
+    objective = Objective(rates, 0, device=next(model.parameters()).device)
     usual = model.gate_mode, model.threshold
     found = []
     for mode, threshold in progress_bar(points, "operating points", len(points), "point"):
         model.gate_mode, model.threshold = mode, threshold
-        result = measure(model, loader, objective, **settings)
+        result = measure(model, loader, objective, samples=samples, seed=seed)
         values = {name: result[name] for name in ("execution_rate", "macs_mean", "macs_fraction", "macs_paper")}
-        at = threshold if mode == "argmax" else float("nan")
+        at = threshold if mode == "argmax" else math.nan
         found.append({"mode": mode, "threshold": at, "error": 100 - result["top1"], **values})
     model.gate_mode, model.threshold = usual
     return found
@@ -165,16 +177,16 @@ def operating_points(
 # ---------------------------------------------------------------------------------------------- robustness
 
 
-def gradient_sign(model: AdaptiveResNet, normalised: Tensor, labels: Tensor, noise: Tensor | None) -> Tensor:
+def gradient_sign(model: AdaptiveResNet, normalised: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
     """The sign of the gradient of the cross entropy by the images, (N, 3, H, W), in the model's mode and gate mode.
 
     Through hard gates it is the straight-through one, see `AdaptiveResNet`: an attack that sees through them.
     Normalising does not change signs, so this is the sign for pixels, too.
     """
     size = max(1, GRADIENT_PIXELS // (normalised.shape[2] * normalised.shape[3]))
-    noises = [None] * len(labels.split(size)) if noise is None else noise.split(size, dim=1)
+    parts = zip(normalised.split(size), labels.split(size), noise.split(size, dim=1), strict=True)
     signs = []
-    for images, target, part in zip(normalised.split(size), labels.split(size), noises, strict=True):
+    for images, target, part in parts:
         images = images.detach().clone().requires_grad_()
         logits, _ = model(images, noise=part)
         (gradient,) = torch.autograd.grad(F.cross_entropy(logits, target, reduction="sum"), images)
@@ -201,7 +213,7 @@ def jpeg(pixels: Tensor, quality: int) -> Tensor:
 
 
 def robustness(
-    model: AdaptiveResNet, loader: Loader, epsilons: Sequence[float], quality: int, cost: Macs, seed: int
+    model: AdaptiveResNet, loader: Loader, epsilons: Sequence[float], quality: int, seed: int
 ) -> Arrays:
     """Accuracy under FGSM, without and with JPEG compression of the attacked images, and what becomes of the graphs.
 
@@ -212,13 +224,13 @@ def robustness(
         Arrays (2, E), without and with compression: error in percent; execution_rate; macs_mean; gates_changed, the
         fraction of gate decisions that the attack changes; images_changed, the fraction of images with such a decision.
     """
-    network, normaliser = accelerated(model, loader), loader.normaliser
+    network, cost, normaliser = accelerated(model, loader), count_macs(model, loader.size), loader.normaliser
     gated = torch.tensor([block.gated for block in model.blocks()])
     names = ("wrong", "executed", "macs", "gates_changed", "images_changed")
     sums = {name: np.zeros((2, len(epsilons))) for name in names}
     torch.manual_seed(seed)
     for images, labels in progress_bar(loader.batches(), "attacking", len(loader), "batch"):
-        noise = draw_noise(model.num_gates, len(images), images) if model.gate_mode == "sample" else None
+        noise = draw_noise(model.num_gates, len(images), images)  # only gate mode "sample" looks at it
         original = normaliser.pixels(images)
         clean = normaliser(original)
         sign = gradient_sign(model.eval(), clean, labels, noise)
@@ -232,7 +244,7 @@ def robustness(
                 values = (logits.argmax(1) != labels, z, cost.executed(z), changed, changed.any(1))
                 for name, value in zip(names, values, strict=True):
                     sums[name][row, column] += value.sum().item()
-    count, gates = loader.num_images, max(1, int(gated.sum()))
+    count, gates = loader.num_images, max(1, model.num_gates)
     return {
         "error": 100 * sums["wrong"] / count,
         "execution_rate": sums["executed"] / (count * len(gated)),

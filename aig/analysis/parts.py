@@ -6,145 +6,76 @@ Shapes: N images, L blocks, K classes with images, R runs, E epsilons.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from aig.analysis import measures
 from aig.analysis.measures import Arrays
-from aig.analysis.output import Part
 from aig.analysis.subjects import Subject
-from aig.console import InputError
-from aig.evaluation import QUANTILES, accelerated
+from aig.data import Loader
+from aig.environment import derive_seed
+from aig.evaluation import QUANTILES
+from aig.images import Normaliser, read_image
+from aig.inference import accelerate, count_macs
+from convnet_aig import AdaptiveResNet
 
+PARTS = ("rates", "usage", "curve", "robustness", "similarity")
 GALLERY_CLASSES, GALLERY_IMAGES = 10, 4  # of the contact sheet: rows, and images on either side
+GUESSES = 5  # classes that are printed for a single image
 
 
 @dataclass
-class Graphs:
-    """The inference graphs of all images.
+class Part:
+    """What a part of the analysis found.
 
     Attributes:
-        classes: (K,) names of the classes that have images.
-        labels: (N,) indices into `classes`.
-        guesses: (N,) names of the predicted classes.
-        right: (N,) whether they are those of the labels.
-        opened: (N, L) whether the branch ran.
-        macs: (N,) multiply-accumulates.
+        arrays: of each figure, by its name: the arguments of the function in `figures` that draws it.
+        tables: rows of each CSV file, by its name; the first row names the columns.
+        numbers: for the summary.
+        lines: to print.
     """
 
-    classes: np.ndarray
-    labels: np.ndarray
-    guesses: np.ndarray
-    right: np.ndarray
-    opened: np.ndarray
-    macs: np.ndarray
+    arrays: dict[str, Arrays] = field(default_factory=dict)
+    tables: dict[str, list[Sequence[Any]]] = field(default_factory=dict)
+    numbers: dict[str, Any] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
 
 
-@dataclass
-class Analysis:
-    """What the parts work on; what several of them need is computed once.
-
-    Attributes:
-        subject: the network that is analyzed.
-        others: yields those that it is compared with, one after the other: their images need not be in memory together.
-        thresholds: those of P(open) on the curve.
-        epsilons, quality: how strong the attack and the JPEG compression are.
-        permutations: how often the labels are shuffled.
-        compared: where the numbers of the others come from, by name.
-    """
-
-    subject: Subject
-    others: Callable[[], Iterator[Subject]]
-    thresholds: Sequence[float]
-    epsilons: Sequence[float]
-    quality: int
-    permutations: int
-    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def subjects(self) -> Iterator[Subject]:
-        """The network and those that it is compared with. Raises InputError for one that is tested on other images."""
-        yield self.subject
-        for other in self.others():
-            if not torch.equal(other.loader.labels, self.subject.loader.labels):
-                ours = self.subject.path
-                raise InputError(f"{other.path} is tested on other images than {ours}: give the data of both")
-            self.compared[other.name] = other.provenance()
-            yield other
-
-    @property
-    def has_pairs(self) -> bool:
-        """Whether there are two images of one class, and two classes."""
-        counts = self.subject.loader.labels.unique(return_counts=True)[1]
-        return bool(len(counts) > 1 and counts.max() > 1)
-
-    @cached_property
-    def graphs(self) -> Graphs:
-        """The graphs of all images in the network's gate mode; "sample" is drawn once."""
-        s, names = self.subject, np.array(self.subject.loader.classes)
-        network = s.model if s.dense else accelerated(s.model, s.loader)
-        found = measures.inference_graphs(network, s.loader, s.cost, s.first_seed)
-        present, labels = np.unique(found["labels"], return_inverse=True)
-        predicted = found["predicted"]
-        right = predicted == found["labels"]
-        return Graphs(names[present], labels, names[predicted], right, found["opened"], found["macs"])
-
-    @cached_property
-    def clusters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Execution rates by class and block, (K, L), and the order and the tree of the classes."""
-        opened, labels = self.graphs.opened, self.graphs.labels
-        rates = np.stack([opened[labels == k].mean(0) for k in range(len(self.graphs.classes))])
-        return rates, *measures.cluster(rates)
-
-    def headline(self) -> dict[str, Any]:
-        """What --test reports (in gate mode "sample": for the first of its seeds), from the graphs of the images."""
-        found, dense = self.graphs, self.subject.cost.dense
-        return {
-            "images": len(found.right),
-            "top1": 100 * float(found.right.mean()),
-            "execution_rate": float(found.opened.mean()),
-            "macs_mean": float(found.macs.mean()),
-            "macs_fraction": float(found.macs.mean() / dense),
-            "macs_dense": dense,
-        }
-
-
-def rates(analysis: Analysis) -> Part:
+def rates(subject: Subject) -> Part:
     """Execution rates by class and block."""
-    subject, found, (rates, order, tree) = analysis.subject, analysis.graphs, analysis.clusters
-    classes, gated = found.classes, subject.gated
-    counts = np.bincount(found.labels)
-    header = ["class", "images", "mean", *(f"block{block}" for block in range(1, len(gated) + 1))]
-    rows = [[classes[k], counts[k], rates[k].mean(), *rates[k]] for k in order]
-    arrays = {"rates": rates, "order": order, "tree": tree, "classes": classes}
+    found, gated, (by_class, order, tree) = subject.graphs, subject.gated, subject.clusters
+    classes, counts = found["classes"], np.bincount(found["labels"])
+    rows = [["class", "images", "mean", *(f"block{block}" for block in range(1, len(gated) + 1))]]
+    rows += [[classes[k], counts[k], by_class[k].mean(), *by_class[k]] for k in order]
+    arrays = {"rates": by_class, "order": order, "tree": tree, "classes": classes}
     arrays |= {"stages": np.array(subject.model.stages), "gated": gated}
-    numbers = {**analysis.headline(), "gates": found.opened.mean(0).tolist()}
+    numbers = {**subject.headline(), "gates": found["opened"].mean(0).tolist()}
     line = "rates: every gate does the same for all classes"
-    spread = np.where(gated, rates.std(0), 0)
+    spread = np.where(gated, by_class.std(0), 0)
     if spread.any():
         block = int(spread.argmax())
-        least, most = rates[:, block].argmin(), rates[:, block].argmax()
-        line = f"rates: the gate that differs most between classes is that of block {block + 1}: " + ", ".join(
-            f"{classes[index]} {rates[index, block]:.3f}" for index in (least, most)
-        )
-    return Part({"rates": arrays}, {"rates": [header, *rows]}, numbers, [line])
+        least, most = by_class[:, block].argmin(), by_class[:, block].argmax()
+        ends = ", ".join(f"{classes[k]} {by_class[k, block]:.3f}" for k in (least, most))
+        line = f"rates: the gate that differs most between classes is that of block {block + 1}: {ends}"
+    return Part({"rates": arrays}, {"rates": rows}, numbers, [line])
 
 
-def usage(analysis: Analysis) -> Part:
+def usage(subject: Subject) -> Part:
     """Blocks and multiply-accumulates by image, and the images at both ends."""
-    found, dense = analysis.graphs, analysis.subject.cost.dense
-    executed, blocks, macs = found.opened.sum(1), found.opened.shape[1], found.macs
-    arrays = {"executed": executed, "macs": macs, "labels": found.labels, "classes": found.classes}
-    arrays |= {"blocks": np.array(blocks), "dense": np.array(dense)}
-    images = image_rows(found, executed, analysis.subject.loader.files)
-    tables = {"usage": usage_rows(found, executed), "images": images}
-    right, wrong = (macs[hit].mean() if hit.any() else math.nan for hit in (found.right, ~found.right))
+    found, blocks = subject.graphs, len(subject.gated)
+    executed, macs = found["executed"], found["macs"]
+    arrays = {name: found[name] for name in ("executed", "macs", "labels", "classes")}
+    arrays |= {"blocks": np.array(blocks), "dense": np.array(subject.cost.dense)}
+    right, wrong = (macs[hit].mean() if hit.any() else math.nan for hit in (found["right"], ~found["right"]))
     numbers = {
-        **analysis.headline(),
+        **subject.headline(),
         "blocks_mean": executed.mean().item(),
         "executed_blocks": np.bincount(executed, minlength=blocks + 1).tolist(),
         "macs_mean_right": right,
@@ -154,61 +85,65 @@ def usage(analysis: Analysis) -> Part:
         f"usage: {executed.mean():.2f} of {blocks} blocks in the mean, {executed.min()} to {executed.max()}; "
         f"{right / 1e6:.2f} MMACs for images classified rightly, {wrong / 1e6:.2f} for the others"
     )
-    return Part({"usage": arrays, "extremes": extremes(analysis, executed)}, tables, numbers, [line])
+    tables = {"usage": usage_rows(found), "images": image_rows(found, subject.loader.files)}
+    return Part({"usage": arrays, "extremes": extremes(found, subject.loader)}, tables, numbers, [line])
 
 
-def usage_rows(found: Graphs, executed: np.ndarray) -> list[Sequence[Any]]:
-    """The table of blocks run (N,) and multiply-accumulates over all images, and by class."""
-    blocks = found.opened.shape[1]
-    header = ["class", "images", "blocks_mean", "macs_mean", *(f"macs_{q:g}" for q in QUANTILES)]
-    rows = [[*header, *(f"images_with_{count}_blocks" for count in range(blocks + 1))]]
-    for name, chosen in [("all", found.labels >= 0), *((c, found.labels == k) for k, c in enumerate(found.classes))]:
-        run, macs = executed[chosen], found.macs[chosen]
+def usage_rows(found: Arrays) -> list[Sequence[Any]]:
+    """The table of blocks run and multiply-accumulates over all images, and by class."""
+    labels, blocks = found["labels"], found["opened"].shape[1]
+    rows = [["class", "images", "blocks_mean", "macs_mean", *(f"macs_{q:g}" for q in QUANTILES)]]
+    rows[0] += [f"images_with_{count}_blocks" for count in range(blocks + 1)]
+    chosen = [("all", labels >= 0), *((name, labels == k) for k, name in enumerate(found["classes"]))]
+    for name, images in chosen:
+        run, macs = found["executed"][images], found["macs"][images]
         histogram = np.bincount(run, minlength=blocks + 1)
         rows.append([name, len(run), run.mean(), macs.mean(), *np.quantile(macs, QUANTILES), *histogram])
     return rows
 
 
-def image_rows(found: Graphs, executed: np.ndarray, files: Sequence[str]) -> list[Sequence[Any]]:
+def image_rows(found: Arrays, files: Sequence[str]) -> list[Sequence[Any]]:
     """The table of the images, with the names of their files if they have some."""
-    rows = [["number", "class", "predicted", "blocks", "macs", "graph"]]
-    marks = ("".join(".#"[is_open] for is_open in graph) for graph in found.opened.astype(int))
-    columns = (found.classes[found.labels], found.guesses, executed, (f"{macs:.0f}" for macs in found.macs), marks)
-    rows += [[number, *row] for number, row in enumerate(zip(*columns, strict=True))]
-    return [[*row, name] for row, name in zip(rows, ("file", *files), strict=True)] if files else rows
+    columns = {
+        "number": range(len(found["labels"])),
+        "class": found["classes"][found["labels"]],
+        "predicted": found["guesses"],
+        "blocks": found["executed"],
+        "macs": [f"{macs:.0f}" for macs in found["macs"]],
+        "graph": ["".join(row) for row in np.where(found["opened"], "#", ".")],
+    }
+    if files:
+        columns["file"] = files
+    return [list(columns), *zip(*columns.values(), strict=True)]
 
 
-def extremes(analysis: Analysis, executed: np.ndarray) -> Arrays:
-    """The arrays of the contact sheet, the cheapest and the dearest images of some classes; `executed` (N,) blocks."""
-    found, loader = analysis.graphs, analysis.subject.loader
-    classes = np.unique(np.linspace(0, len(found.classes) - 1, GALLERY_CLASSES).round().astype(int))
-    members = [np.flatnonzero(found.labels == k) for k in classes]
-    places = [measures.cheapest_and_dearest(found.macs[images], GALLERY_IMAGES) for images in members]
-    numbers = np.stack([np.where(at >= 0, images[at], -1) for at, images in zip(places, members, strict=True)])
-    pixels = np.zeros((*numbers.shape, *loader.size, 3), np.uint8)
-    for place in zip(*np.nonzero(numbers >= 0), strict=True):
-        pixels[place] = loader.pixels(numbers[place]).permute(1, 2, 0).numpy()
+def extremes(found: Arrays, loader: Loader) -> Arrays:
+    """The arrays of the contact sheet: of some classes the cheapest and the dearest images, as many of each."""
+    classes = np.unique(np.linspace(0, len(found["classes"]) - 1, GALLERY_CLASSES).round().astype(int))
+    members = [np.flatnonzero(found["labels"] == k) for k in classes]
+    count = min(GALLERY_IMAGES, max(1, min(map(len, members)) // 2))
+    numbers = np.stack([images[measures.cheapest_and_dearest(found["macs"][images], count)] for images in members])
+    pixels = [loader.pixels(number).permute(1, 2, 0).numpy() for number in numbers.flat]
     return {
-        "pixels": pixels,
-        "names": found.classes[classes],
+        "pixels": np.reshape(pixels, (*numbers.shape, *loader.size, 3)),
+        "names": found["classes"][classes],
         "numbers": numbers,
-        "executed": np.where(numbers >= 0, executed[numbers], -1),
-        "wrong": np.where((numbers >= 0) & ~found.right[numbers], found.guesses[numbers], ""),
+        "executed": found["executed"][numbers],
+        "wrong": np.where(found["right"][numbers], "", found["guesses"][numbers]),
     }
 
 
-def curve(analysis: Analysis) -> Part:
-    """Error over computation, by threshold and gate mode, other runs beside it."""
+def curve(subjects: Iterable[Subject], thresholds: Sequence[float]) -> Part:
+    """Error over computation: of the first by threshold and gate mode, of the others as they are used."""
     found, marked = [], []
-    for subject in analysis.subjects():
+    for index, subject in enumerate(subjects):
         usual = subject.model.threshold
-        if subject is analysis.subject:
-            points = [("argmax", threshold) for threshold in sorted({*analysis.thresholds, usual})]
+        if index == 0:
+            points = [("argmax", threshold) for threshold in sorted({*thresholds, usual})]
             points += [(mode, 0.5) for mode in ("sample", "expected", "all")]
         else:
             points = [("argmax", usual), ("sample", 0.5)][: 2 if subject.model.num_gates else 1]
-        how = {"samples": subject.samples, "seed": subject.seed, "dense": subject.dense}
-        measured = measures.operating_points(subject.model, subject.loader, subject.objective, points, **how)
+        measured = measures.operating_points(subject.model, subject.loader, points, subject.samples, subject.seed)
         found += [{"run": subject.name, **point} for point in measured]
         marked += [point["mode"] != "argmax" or point["threshold"] == usual for point in measured]
     drawn = ("run", "mode", "threshold", "error", "macs_mean")
@@ -223,35 +158,37 @@ def curve(analysis: Analysis) -> Part:
     return Part({"curve": arrays}, {"curve": table}, {"points": found}, lines)
 
 
-def robustness(analysis: Analysis) -> Part:
-    """Accuracy and graphs under attack."""
-    names, results, epsilons, quality = [], [], analysis.epsilons, analysis.quality
-    for s in analysis.subjects():
-        results.append(measures.robustness(s.model, s.loader, epsilons, quality, s.cost, s.first_seed))
-        names.append(s.name)
-    arrays = {name: np.stack([result[name] for result in results]) for name in results[0]}  # (R, 2, E)
-    rows = [["run", "epsilon", "jpeg_quality", *arrays]]
-    for r, compressed, e in np.ndindex(arrays["error"].shape):
-        values = (array[r, compressed, e] for array in arrays.values())
-        rows.append([names[r], epsilons[e], quality if compressed else "", *values])
-    first, last, changed = arrays["error"][:, 0, 0], arrays["error"][:, 0, -1], arrays["gates_changed"][:, 0, -1]
-    lines = [
-        f"robustness: {name}: error {first[r]:.2f} % at epsilon {epsilons[0]:.4g}, {last[r]:.2f} % at "
-        f"{epsilons[-1]:.4g}, where {100 * changed[r]:.1f} % of the gate decisions have changed"
-        for r, name in enumerate(names)
-    ]
-    drawn = {name: arrays[name] for name in ("error", "gates_changed", "execution_rate")}
-    drawn |= {"runs": np.array(names), "epsilons": np.array(epsilons), "quality": np.array(quality)}
-    numbers = {"epsilons": epsilons, "jpeg_quality": quality, "runs": names}
-    numbers |= {name: values.tolist() for name, values in arrays.items()}
-    return Part({"robustness": drawn}, {"robustness": rows}, numbers, lines)
+def robustness(subjects: Iterable[Subject], epsilons: Sequence[float], quality: int) -> Part:
+    """Accuracy and graphs under attack, for ascending epsilons."""
+    found = {s.name: measures.robustness(s.model, s.loader, epsilons, quality, s.first_seed) for s in subjects}
+    rows: list[Sequence[Any]] = []
+    lines = []
+    for name, result in found.items():
+        for row, compression in enumerate(("", quality)):
+            for column, epsilon in enumerate(epsilons):
+                rows.append([name, epsilon, compression, *(values[row, column] for values in result.values())])
+        error, changed = result["error"][0], 100 * result["gates_changed"][0, -1]
+        lines.append(
+            f"robustness: {name}: error {error[0]:.2f} % at epsilon {epsilons[0]:.4g}, {error[-1]:.2f} % at "
+            f"{epsilons[-1]:.4g}, where {changed:.1f} % of the gate decisions have changed"
+        )
+    results = list(found.values())
+    arrays = {key: np.stack([result[key] for result in results]) for key in results[0]}  # (R, 2, E)
+    header = ["run", "epsilon", "jpeg_quality", *arrays]
+    numbers = {"epsilons": epsilons, "jpeg_quality": quality, "runs": list(found)}
+    numbers |= {key: values.tolist() for key, values in arrays.items()}
+    drawn = {key: arrays[key] for key in ("error", "gates_changed", "execution_rate")}
+    drawn |= {"runs": np.array(list(found)), "epsilons": np.array(epsilons), "quality": np.array(quality)}
+    return Part({"robustness": drawn}, {"robustness": [header, *rows]}, numbers, lines)
 
 
-def similarity(analysis: Analysis) -> Part:
+def similarity(subject: Subject, permutations: int) -> Part:
     """Agreement of graphs within and between classes."""
-    found, (_, order, _) = analysis.graphs, analysis.clusters
-    opened, classes, permutations = found.opened[:, analysis.subject.gated], found.classes, analysis.permutations
-    result = measures.similarity(opened, found.labels, len(classes), permutations, analysis.subject.seed)
+    found, (_, order, _) = subject.graphs, subject.clusters
+    opened, classes = found["opened"][:, subject.gated], found["classes"]
+    if len(classes) < 2 or np.bincount(found["labels"]).max() < 2:
+        return Part(lines=["similarity is left out: it needs two classes, and two images of one of them"])
+    result = measures.similarity(opened, found["labels"], len(classes), permutations, subject.seed)
     rows = [["class", *classes[order]], *([classes[k], *result["agreement"][k, order]] for k in order)]
     numbers = {name: float(result[name]) for name in ("within", "between", "excess", "p")}
     mean, std = float(result["shuffled"].mean()), float(result["shuffled"].std())
@@ -264,6 +201,44 @@ def similarity(analysis: Analysis) -> Part:
     return Part({"similarity": {**drawn, "order": order, "classes": classes}}, {"similarity": rows}, numbers, [line])
 
 
-PARTS: dict[str, Callable[[Analysis], Part]] = {
-    part.__name__: part for part in (rates, usage, curve, robustness, similarity)
-}
+def graphs(model: AdaptiveResNet, paths: Sequence[str], seed: int) -> Part:
+    """The best guesses for some image files and their graphs; `seed` is of the noise of gate mode "sample"."""
+    device, preprocess = next(model.parameters()).device, model.preprocess
+    pixels = torch.stack([preprocess.pixels(read_image(path)) for path in paths])  # (n, 3, H, W) uint8
+    images = Normaliser(preprocess.mean, preprocess.std, device)(pixels.to(device, torch.float32))
+    torch.manual_seed(derive_seed(seed, "image"))
+    with torch.inference_mode():
+        logits, gates = accelerate(model)(images.contiguous(memory_format=torch.channels_last))
+    z, cost = torch.stack(gates, dim=1), count_macs(model, pixels.shape[2:])
+    opened, macs = (z > 0.5).cpu(), cost.executed(z).tolist()  # (n, L), (n,)
+    gated = [block.gated for block in model.blocks()]
+    lines, captions = [], []
+    for path, probabilities, graph, count in zip(paths, logits.softmax(1), opened.tolist(), macs, strict=True):
+        guesses = describe_guesses(probabilities, model.classes)
+        share = f"{100 * count / cost.dense:.1f} % of the dense net's {cost.dense / 1e6:.2f}"
+        use = f"{sum(graph)} of {len(graph)} blocks; {count / 1e6:.2f} MMACs, {share}"
+        lines += [f"{path}: {', '.join(guesses)}", f"  {describe_graph(graph, gated, model.stages)}", f"  {use}"]
+        captions.append(f"{Path(path).name}: {', '.join(guesses[:3])}\n{use}")
+    arrays = {
+        "pixels": pixels.permute(0, 2, 3, 1).numpy(),
+        "captions": np.array(captions),
+        "opened": opened.numpy(),
+        "gated": np.array(gated),
+        "stages": np.array(model.stages),
+    }
+    return Part({"graphs": arrays}, lines=lines)
+
+
+def describe_guesses(probabilities: Tensor, classes: Sequence[str]) -> list[str]:
+    """The classes of the highest of probabilities (K,), with these in percent."""
+    best = probabilities.topk(min(GUESSES, len(classes)))
+    return [f"{classes[k]} {100 * p:.1f} %" for p, k in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+
+
+def describe_graph(opened: Sequence[bool], gated: Sequence[bool], stages: Sequence[int]) -> str:
+    """A graph as a mark for each of the L blocks."""
+    marks = ["." if not is_open else "#" if has_gate else "=" for is_open, has_gate in zip(opened, gated, strict=True)]
+    edges = pairwise(np.cumsum([0, *stages]).tolist())
+    strips = [f"stage {number} {''.join(marks[start:end])}" for number, (start, end) in enumerate(edges, start=1)]
+    meaning = "# ran, . skipped" + ("" if all(gated) else ", = always runs")
+    return f"{'  '.join(strips)}   ({meaning})"

@@ -1,9 +1,14 @@
-"""A trained network with the images that it is tested on, from its checkpoint and the flags of the command."""
+"""A trained network with the images that it is tested on, and their inference graphs.
+
+Shapes: L blocks, K classes with images.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +16,25 @@ import numpy as np
 import torch
 
 import aig
-from aig.checkpoint import recorded
+from aig.analysis import measures
 from aig.console import InputError, command
 from aig.data import PHOTOGRAPHS, Batching, Choice, Loader, open_loaders
 from aig.environment import derive_seed, environment, select_device
 from aig.inference import Macs, count_macs
-from aig.losses import Objective
 from convnet_aig import AdaptiveResNet
 
 
 @dataclass
 class Subject:
-    """A trained network with its test images.
+    """A trained network with its test images; their graphs are computed once, when a part asks for them.
 
     Attributes:
         name: what figures and tables call it.
         path, epoch: the checkpoint, and the epochs it was trained for; None if that is not recorded.
         model: the network in its gate mode, at its threshold, on its device.
         loader: the images.
-        cost: multiply-accumulates for one of them.
-        seed, samples, dense: see `evaluation.measure`.
+        seed, samples: see `evaluation.measure`.
+        compared: where the numbers of the networks beside it come from, by name.
     """
 
     name: str
@@ -38,10 +42,14 @@ class Subject:
     epoch: int | None
     model: AdaptiveResNet
     loader: Loader
-    cost: Macs
     seed: int
     samples: int
-    dense: bool
+    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @cached_property
+    def cost(self) -> Macs:
+        """Multiply-accumulates for one image."""
+        return count_macs(self.model, self.loader.size)
 
     @property
     def gated(self) -> np.ndarray:
@@ -53,10 +61,29 @@ class Subject:
         """The first of the seeds over which --test takes the mean in gate mode "sample"."""
         return derive_seed(self.seed, "test", 0)
 
-    @property
-    def objective(self) -> Objective:
-        """Measures accuracies; the target rates matter only to the loss, which nothing here reports."""
-        return Objective([1.0] * len(self.gated), 0, device=next(self.model.parameters()).device)
+    @cached_property
+    def graphs(self) -> measures.Arrays:
+        """The graphs of all images in the network's gate mode; "sample" is drawn once."""
+        return measures.inference_graphs(self.model, self.loader, self.first_seed)
+
+    @cached_property
+    def clusters(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Execution rates by class and block, (K, L), and the order and the tree of the classes."""
+        found = self.graphs
+        rates = np.stack([found["opened"][found["labels"] == k].mean(0) for k in range(len(found["classes"]))])
+        return rates, *measures.cluster(rates)
+
+    def headline(self) -> dict[str, Any]:
+        """What --test reports (in gate mode "sample": for the first of its seeds), from the graphs of the images."""
+        found, dense = self.graphs, self.cost.dense
+        return {
+            "images": len(found["labels"]),
+            "top1": 100 * float(found["right"].mean()),
+            "execution_rate": float(found["opened"].mean()),
+            "macs_mean": float(found["macs"].mean()),
+            "macs_fraction": float(found["macs"].mean() / dense),
+            "macs_dense": dense,
+        }
 
     def provenance(self) -> dict[str, Any]:
         """Where the numbers of this network come from."""
@@ -71,51 +98,54 @@ class Subject:
         }
 
 
-def open_model(path: str, args: argparse.Namespace) -> AdaptiveResNet:
-    """The network of a checkpoint in the gate mode, at the threshold and on the device of the flags."""
-    model = aig.load(path).to(select_device(args.device), memory_format=torch.channels_last)
-    model.gate_mode, model.threshold = args.gate_mode, args.threshold
+def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
+    """The network of a checkpoint in the gate mode, at the threshold and on the device of its flags."""
+    model = aig.load(flags.path).to(select_device(flags.device), memory_format=torch.channels_last)
+    model.gate_mode, model.threshold = flags.gate_mode, flags.threshold
     return model
 
 
-def open_subject(path: str, args: argparse.Namespace, checkpoint: dict, name: str = "") -> Subject:
+def open_subject(flags: argparse.Namespace) -> Subject:
     """The network of a checkpoint with its test images. Raises InputError if either cannot be used.
 
     Args:
-        path, checkpoint: where the network is, and what is in that file.
-        args: the flags for this checkpoint.
-        name: of the run; '' takes the recorded one.
+        flags: for this checkpoint, with its `path` and what is `recorded` in it.
     """
-    model = open_model(path, args)
-    own, epoch = recorded(checkpoint), checkpoint.get("epoch")
+    model, path, own = open_model(flags), flags.path, flags.recorded
     choice = Choice(
-        dataset=PHOTOGRAPHS if model.preprocess.photographs else args.dataset,
-        data=args.data,
-        split=args.split,
-        test_size=args.test_size,
+        dataset=PHOTOGRAPHS if model.preprocess.photographs else flags.dataset,
+        data=flags.data,
+        split=flags.split,
+        test_size=flags.test_size,
         image_size=model.preprocess.size,
         test=True,
         **{key: own.get(key) for key in ("classes", "mean", "std")},
     )
     device = next(model.parameters()).device
-    loader = open_loaders(choice, Batching(args.batch_size, args.seed, device, workers=args.workers)).val
+    loader = open_loaders(choice, Batching(flags.batch_size, flags.seed, device, workers=flags.workers)).val
     if len(loader.classes) != len(model.classes):
         found, wanted = len(loader.classes), len(model.classes)
         raise InputError(f"{path} tells {wanted} classes apart, but the images have {found}: give --dataset or --data")
-    return Subject(
-        name or recorded_name(own, path),
-        path,
-        epoch - 1 if isinstance(epoch, int) else None,  # the file holds the next one to run
-        model,
-        loader,
-        count_macs(model, loader.size),
-        args.seed,
-        args.gate_samples,
-        args.dense,
-    )
-
-
-def recorded_name(own: dict[str, Any], path: str) -> str:
-    """The name of a run as its checkpoint records it, else its folder's."""
     name = own.get("expname")
-    return name if isinstance(name, str) and name and name.isprintable() else Path(path).resolve().parent.name
+    if not (isinstance(name, str) and name and name.isprintable()):
+        name = Path(path).resolve().parent.name
+    return Subject(name, path, flags.epoch, model, loader, flags.seed, flags.gate_samples)
+
+
+def with_others(subject: Subject, compared: Sequence[argparse.Namespace]) -> Iterator[Subject]:
+    """The subject and those that it is compared with, one after the other: their images need not be in memory together.
+
+    Raises:
+        InputError: if one is tested on other images.
+    """
+    yield subject
+    names = [subject.name]
+    for flags in compared:
+        other = open_subject(flags)
+        if not torch.equal(other.loader.labels, subject.loader.labels):
+            raise InputError(f"{other.path} is tested on other images than {subject.path}: give the data of both")
+        if other.name in names:
+            other.name = f"{other.name} ({1 + len(names)})"
+        names.append(other.name)
+        subject.compared[other.name] = other.provenance()
+        yield other
