@@ -7,13 +7,14 @@ A budget is a part of the dense network's multiply-accumulates; those of the gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from aig.console import progress_bar
 from aig.data import Loader
@@ -24,6 +25,7 @@ from convnet_aig import AdaptiveResNet, check_thresholds
 
 PASSES, CLOSE = 8, 0.001  # at most so many over the images, until the budget is met so closely
 TOLERATED = 0.05  # a larger distance from the budget is an error; few images may leave a smaller one
+Batches = Loader | DataLoader
 EXTREME = 30.0  # log-odds beyond which no gate's threshold is set: P(open) must differ from 1 in float64
 
 
@@ -74,7 +76,7 @@ class Trial(NamedTuple):
     executed: float
 
 
-def calibrate(model: AdaptiveResNet, loader: Loader, budget: float) -> float | list[float]:
+def calibrate(model: AdaptiveResNet, loader: Batches, budget: float) -> float | list[float]:
     """The thresholds at which mode "argmax" executes `budget`: one for all gates, or one for each.
 
     One for each are such that a gate opens as often as it would when sampled, with log-odds that are all shifted by the
@@ -83,13 +85,14 @@ def calibrate(model: AdaptiveResNet, loader: Loader, budget: float) -> float | l
 
     Args:
         model: stays as it is, in eval mode.
-        loader: images to choose on: neither those of training, if possible, nor ever those of the test.
+        loader: batches of images (n, 3, H, W) and labels (n,), a DataLoader for instance, which is gone through several
+            times. To choose on: not those of training, if possible, and never those of the test.
         budget: a part of the dense network's multiply-accumulates.
 
     Raises:
         ValueError: if thresholds cannot meet the budget.
     """
-    cost = count_macs(model, loader.size)
+    cost = count_macs(model, next(iter(batches(loader)))[0].shape[2:])
     least, most = reach(model, cost)
     if not least < budget < most:
         raise ValueError(f"{budget:g} is out of reach: from {least:.3f} to {most:.3f} of the dense net are executed")
@@ -111,7 +114,7 @@ def calibrate(model: AdaptiveResNet, loader: Loader, budget: float) -> float | l
 
 def search(
     model: AdaptiveResNet,
-    loader: Loader,
+    loader: Batches,
     cost: Macs,
     budget: float,
     trial: Trial,
@@ -165,19 +168,24 @@ def executed(opened: Tensor, model: AdaptiveResNet, cost: Macs) -> float:
 
 
 @torch.inference_mode()
-def attempt(model: AdaptiveResNet, loader: Loader, cost: Macs, odds: Tensor) -> Trial:
+def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, odds: Tensor) -> Trial:
     """Runs the network at these thresholds, as log-odds (G,)."""
+    device = next(model.parameters()).device
     model.threshold = torch.sigmoid(odds.double()).tolist()
-    total, opened, batches = 0.0, [], []
+    losses, opened, found = [], [], []
     with recorded_scores(model) as scores:
-        for images, labels in progress_bar(loader.batches(), "calibrating", len(loader), "batch"):
-            logits, gates = model(images)
-            total += F.cross_entropy(logits.double(), labels, reduction="sum")
+        for images, labels in progress_bar(batches(loader), "calibrating", len(loader), "batch"):
+            logits, gates = model(images.to(device))
+            losses.append(F.cross_entropy(logits, labels.to(device), reduction="none"))
             gated = [z for z, block in zip(gates, model.blocks(), strict=True) if block.gated]
             opened.append(torch.stack(gated, dim=1))
-            batches.append(torch.stack(scores, dim=1))  # (n, G)
+            found.append(torch.stack(scores, dim=1))  # (n, G)
             scores.clear()
-    return Trial(odds, torch.cat(batches), float(total) / loader.num_images, executed(torch.cat(opened), model, cost))
+    return Trial(odds, torch.cat(found), torch.cat(losses).mean().item(), executed(torch.cat(opened), model, cost))
+
+
+def batches(loader: Batches) -> Iterable[tuple[Tensor, Tensor]]:
+    return loader.batches() if isinstance(loader, Loader) else loader
 
 
 @contextmanager

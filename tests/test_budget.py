@@ -81,6 +81,12 @@ def test_calibrated_thresholds_keep_to_the_budget_on_images_never_seen(model, lo
         model.threshold = 0.5
 
 
+def test_a_data_loader_of_torch_will_do(model, loader):
+    images, labels = (torch.cat(parts) for parts in zip(*loader.batches(), strict=True))
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size=150)
+    assert aig.calibrate(model, batches, 0.7) == pytest.approx(aig.calibrate(model, loader, 0.7), abs=1e-6)
+
+
 def test_of_both_ways_the_one_with_the_lower_loss_is_taken(model, loader, monkeypatch):
     losses = {"one": 1.0, "each": 0.5}
 

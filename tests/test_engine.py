@@ -18,7 +18,9 @@ from aig import distributed, engine
 from aig.console import Interrupted, TrainingError
 from aig.distributed import World
 from aig.environment import derive_seed
+from aig.inference import accelerate
 from aig.losses import target_rate_loss
+from aig.terms import Budget, Distillation
 from convnet_aig import GATE_LAYERS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet, draw_noise
 
 
@@ -346,8 +348,20 @@ def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_sav
     assert (run.records, run.saved) == ([], [])
 
 
+def taught():
+    """A budget, and a teacher as `networks.load_teacher` makes it."""
+    network = accelerate(small_net(rates=[1, 1, 1]).eval())
+    network.conditional = False
+    return {
+        "budget": Budget(0.5, 7, 0.1, torch.tensor([0.2, 0.3, 0.4]), floor=0.3),
+        "distillation": Distillation(lambda images: network.to(images.device)(images)[0]),
+        "target_warmup": 0.5,
+    }
+
+
 SETTINGS = [
     {"amp": "off"},
+    taught(),
     {"amp": "bf16", "accumulate": 2, "target_warmup": 3, "warmup": 2},
     {"amp": "fp16", "fused": True, "momentum": 0.9},
 ]
