@@ -279,12 +279,16 @@ class Dashboard:
         env: the environment, by default the name of the run.
 
     Raises:
-        ImportError: if visdom is not installed.
+        InputError: if visdom is not installed.
     """
 
     def __init__(self, folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> None:
         if find_spec("visdom") is None:
-            raise ImportError("visdom is not installed")
+            how = "see the README on how to install it, or use python -m aig.dashboard RUN --png FOLDER"
+            raise InputError(f"visdom is not installed: {how}")
+        import requests  # a dependency of visdom
+
+        self.requests = requests
         server = server if "://" in server else f"http://{server}"
         self.folder, self.url = folder.resolve(), f"{server.rstrip('/')}:{port}"
         self.env = (env or self.folder.name).replace("/", "_")  # as the server does
@@ -318,9 +322,7 @@ class Dashboard:
 
     def draw(self, records: list[dict]) -> None:
         """Draws every window. Raises InputError if the server does not take them."""
-        from requests import Session  # a dependency of visdom
-
-        with Session() as session:
+        with self.requests.Session() as session:
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
             if user := os.environ.get("VISDOM_USERNAME"):  # for a server started with -enable_login
                 password = hashlib.sha256(os.environ.get("VISDOM_PASSWORD", "").encode()).hexdigest()
@@ -333,8 +335,6 @@ class Dashboard:
 
     def post(self, session: Any, endpoint: str, message: dict[str, Any]) -> None:
         """Sends one message. Raises InputError if the server does not take it."""
-        from requests import RequestException
-
         where = f"{self.url}/{endpoint}"
         message = nan_to_none(message)  # one infinity would make the window vanish; None leaves a gap
         try:
@@ -342,7 +342,7 @@ class Dashboard:
             refused = answer.is_redirect or answer.status_code in (400, 401, 403)  # or sent to the login page
             if not refused:
                 answer.raise_for_status()
-        except RequestException as error:
+        except self.requests.RequestException as error:
             kind = type(error).__name__
             raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
         if refused:
@@ -353,8 +353,8 @@ def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "")
     """The dashboard of a run. If visdom is not installed, it warns and returns one that draws nothing."""
     try:
         return Dashboard(folder, server, port, env)
-    except ImportError as error:
-        warn(f"--visdom: {error}; see the README on how to install visdom")
+    except InputError as error:
+        warn(f"--visdom: {error}")
         return NullDashboard()
 
 
@@ -466,19 +466,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.png:
             draw_images(windows_in(folder, records), args.png)
         else:
-            show(folder, records, args)
+            board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+            board.draw(records)
+            say(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError) as error:
         raise InputError(f"{args.run} does not hold a run that can be drawn ({error!r})") from error
-
-
-def show(folder: Path, records: list[dict], args: argparse.Namespace) -> None:
-    """Draws the windows of a run on a visdom server. Raises InputError if that is not possible."""
-    try:
-        board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
-    except ImportError as error:
-        raise InputError(f"{error}; see the README on how to install it, or draw with --png FOLDER") from error
-    board.draw(records)
-    say(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
 
 
 def draw_images(shown: dict[str, Window], target: Path) -> None:
