@@ -23,7 +23,7 @@ import os
 import re
 import textwrap
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
@@ -41,6 +41,7 @@ SERVER, PORT = "http://localhost", 8097
 TIMEOUT = 1.5  # seconds that a training waits for its windows after an epoch
 PATIENCE = 10  # seconds that the server has to answer a message
 SHOWN_CLASSES = 18  # a reader can tell so many curves apart: six hues, three dashes
+NAMED = 25  # so many rows of a heat map have space for a name
 WIDTH, HEIGHT = 480, 340  # of a window, in pixels
 PER_INCH = 70  # so many pixels are an inch of an image
 FRACTION = [-0.02, 1.02]  # the range of an axis
@@ -142,7 +143,7 @@ def chart(title: str, xlabel: str, ylabel: str, data: list[dict[str, Any]], **ya
         "hovermode": "closest",
         "margin": {"l": 60, "r": 20, "t": 40, "b": 60},
     }
-    if len(data[0]["x"]) <= 12:
+    if len(data[0]["x"]) <= 20:
         layout["xaxis"]["dtick"] = 1  # no half epochs
     return {"data": data, "layout": layout}
 
@@ -181,7 +182,7 @@ def class_window(records: Sequence[dict], epochs: list[int]) -> Window:
 
 def heat_map(title: str, names: Sequence[str], rows: np.ndarray, stages: list[int]) -> Window:
     """The opening rate (K, L) of each class and block. The first class is on top. White lines part the stages."""
-    classes, blocks = rows.shape
+    blocks = rows.shape[1]
     trace = {
         "type": "heatmap",
         "x": list(range(1, blocks + 1)),
@@ -193,14 +194,11 @@ def heat_map(title: str, names: Sequence[str], rows: np.ndarray, stages: list[in
         "colorbar": {"title": {"text": "images open, fraction", "side": "right"}},
     }
     yaxis = {"type": "category", "autorange": "reversed", "automargin": True, "tickfont": {"size": 10}}
+    yaxis["dtick"] = math.ceil(len(rows) / NAMED)
     window = chart(title, "block", "", [trace], **yaxis)
     ends = [block + 0.5 for block in range(1, blocks) if stages[block] != stages[block - 1]]
     line = {"type": "line", "xref": "x", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "white", "width": 2}}
     window["layout"]["shapes"] = [{**line, "x0": end, "x1": end} for end in ends]
-    if blocks <= 36:
-        window["layout"]["xaxis"]["dtick"] = 1
-    if classes <= 60:
-        window["layout"]["yaxis"]["dtick"] = 1
     return window
 
 
@@ -252,14 +250,6 @@ def fixed(value: float | None, digits: int = 2) -> str:
     return "not finite" if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
-def size(window: Window) -> tuple[int, int]:
-    """The width and height of a window, in pixels. A heat map is two windows wide, and higher for many classes."""
-    trace = window["data"][0]
-    if trace["type"] == "heatmap":
-        return 2 * WIDTH + 20, min(900, max(HEIGHT, 90 + 18 * len(trace["z"])))
-    return WIDTH, HEIGHT
-
-
 def windows_in(folder: Path, records: Sequence[dict]) -> dict[str, Window]:
     """The windows of a run folder, from its records, args.json and matrix file."""
     path = folder / MATRIX
@@ -289,12 +279,16 @@ class Dashboard:
         env: the environment, by default the name of the run.
 
     Raises:
-        ImportError: if visdom is not installed.
+        InputError: if visdom is not installed.
     """
 
     def __init__(self, folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> None:
         if find_spec("visdom") is None:
-            raise ImportError("visdom is not installed")
+            how = "see the README on how to install it, or use python -m aig.dashboard RUN --png FOLDER"
+            raise InputError(f"visdom is not installed: {how}")
+        import requests  # a dependency of visdom
+
+        self.requests = requests
         server = server if "://" in server else f"http://{server}"
         self.folder, self.url = folder.resolve(), f"{server.rstrip('/')}:{port}"
         self.env = (env or self.folder.name).replace("/", "_")  # as the server does
@@ -328,24 +322,19 @@ class Dashboard:
 
     def draw(self, records: list[dict]) -> None:
         """Draws every window. Raises InputError if the server does not take them."""
-        from requests import Session  # a dependency of visdom
-
-        with Session() as session:
+        with self.requests.Session() as session:
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
             if user := os.environ.get("VISDOM_USERNAME"):  # for a server started with -enable_login
                 password = hashlib.sha256(os.environ.get("VISDOM_PASSWORD", "").encode()).hexdigest()
                 self.post(session, "", {"username": user, "password": password})
             for name, window in windows_in(self.folder, records).items():
-                width, height = size(window)
-                opts = {"title": window["layout"]["title"]["text"], "width": width, "height": height}
+                opts = {"title": window["layout"]["title"]["text"], "width": WIDTH, "height": HEIGHT}
                 self.post(session, "events", {"win": name, "eid": self.env, **window, "opts": opts})
             # without it, the windows die with their server
             self.post(session, "save", {"data": [self.env], "eid": self.env})
 
     def post(self, session: Any, endpoint: str, message: dict[str, Any]) -> None:
         """Sends one message. Raises InputError if the server does not take it."""
-        from requests import RequestException
-
         where = f"{self.url}/{endpoint}"
         message = nan_to_none(message)  # one infinity would make the window vanish; None leaves a gap
         try:
@@ -353,7 +342,7 @@ class Dashboard:
             refused = answer.is_redirect or answer.status_code in (400, 401, 403)  # or sent to the login page
             if not refused:
                 answer.raise_for_status()
-        except RequestException as error:
+        except self.requests.RequestException as error:
             kind = type(error).__name__
             raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
         if refused:
@@ -364,34 +353,25 @@ def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "")
     """The dashboard of a run. If visdom is not installed, it warns and returns one that draws nothing."""
     try:
         return Dashboard(folder, server, port, env)
-    except ImportError as error:
-        warn(f"--visdom: {error}; see the README on how to install visdom")
+    except InputError as error:
+        warn(f"--visdom: {error}")
         return NullDashboard()
 
 
 # ---------------------------------------------------------------------------------------------- matplotlib
 
 
-def figure(shown: Iterable[Window]) -> Any:
-    """The windows as one matplotlib figure, three in a row. A heat map takes the place of two."""
+def figure(shown: Collection[Window]) -> Any:
+    """The windows as one matplotlib figure, three in a row."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    rows: list[list[Window]] = [[]]
-    for window in shown:
-        if sum(size(each)[0] for each in [*rows[-1], window]) > 3.5 * WIDTH:
-            rows.append([])
-        rows[-1].append(window)
-    heights = [max(size(window)[1] for window in row) for row in rows]
-    columns = max(sum(size(window)[0] for window in row) // WIDTH for row in rows)
-    page = Figure((columns * WIDTH / PER_INCH, sum(heights) / PER_INCH), layout="constrained")
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    page = Figure((columns * WIDTH / PER_INCH, rows * HEIGHT / PER_INCH), layout="constrained")
     page.get_layout_engine().set(w_pad=0.1, h_pad=0.1)  # inches
-    grid = page.add_gridspec(len(rows), columns, height_ratios=heights)
-    for at, row in enumerate(rows):
-        left = 0
-        for window in row:
-            right = left + size(window)[0] // WIDTH
-            draw_window(window, page.add_subfigure(grid[at, left:right]))
-            left = right
+    places = page.subfigures(rows, columns, squeeze=False)
+    for window, place in zip(shown, places.flat, strict=False):
+        draw_window(window, place)
     return page
 
 
@@ -440,13 +420,13 @@ def draw_text(content: str, axes: Any) -> None:
 
 
 def draw_heat_map(trace: dict[str, Any], lines: list[dict[str, Any]], axes: Any) -> None:
-    """Draws a heat map with its colour bar. The rows have names if there is space for them."""
+    """Draws a heat map with its colour bar. So many rows have names as there is space for."""
     names = trace["y"]
     extent = (0.5, len(trace["x"]) + 0.5, len(names) - 0.5, -0.5)
     image = axes.imshow(trace["z"], vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
     axes.figure.colorbar(image, label=trace["colorbar"]["title"]["text"])
-    if len(names) <= 100:
-        axes.set_yticks(range(len(names)), names, parse_math=False)
+    step = math.ceil(len(names) / NAMED)
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize="x-small", parse_math=False)
     for line in lines:
         axes.axvline(line["x0"], color=line["line"]["color"], linewidth=1.5)
 
@@ -486,19 +466,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.png:
             draw_images(windows_in(folder, records), args.png)
         else:
-            show(folder, records, args)
+            board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+            board.draw(records)
+            say(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError) as error:
         raise InputError(f"{args.run} does not hold a run that can be drawn ({error!r})") from error
-
-
-def show(folder: Path, records: list[dict], args: argparse.Namespace) -> None:
-    """Draws the windows of a run on a visdom server. Raises InputError if that is not possible."""
-    try:
-        board = Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env)
-    except ImportError as error:
-        raise InputError(f"{error}; see the README on how to install it, or draw with --png FOLDER") from error
-    board.draw(records)
-    say(f"{len(records)} epochs drawn: {board.url}/env/{board.env}")
 
 
 def draw_images(shown: dict[str, Window], target: Path) -> None:

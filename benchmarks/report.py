@@ -88,18 +88,18 @@ class Run:
     args: dict[str, Any] = field(default_factory=dict)
     errors: dict[int, float] = field(default_factory=dict)
     seconds: float = 0
-    executed: float | None = None
+    executed: float = math.nan
     tests: dict[str, dict] = field(default_factory=dict)
     best_tests: dict[str, dict] = field(default_factory=dict)
     notes: str = ""
 
-    def results(self, mode: str) -> dict[str, float | None]:
+    def results(self, mode: str) -> dict[str, float]:
         """Of the test in this mode; empty if there is none."""
         return self.tests.get(mode if self.gated else "argmax", {})
 
-    def test(self, mode: str, key: str = "error") -> float | None:
-        """One of them, None if there is none."""
-        return self.results(mode).get(key)
+    def test(self, mode: str, key: str = "error") -> float:
+        """One of them, NaN if there is none."""
+        return self.results(mode).get(key, math.nan)
 
     def flattery(self) -> float:
         """Error of the best epoch minus that of the last, both on the validation images."""
@@ -116,12 +116,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_tests(path: Path) -> dict[str, dict]:
-    """By gate mode: the epoch and the threshold, and `MEASURES`, None where they were not counted."""
+    """By gate mode: the epoch and the threshold, and `MEASURES`, NaN where they were not counted."""
     with naming(path):
         return {
             mode: {"error": 100 - result["top1"], "epoch": int(result["epoch"])}
             | {"threshold": float(result.get("threshold", THRESHOLD))}
-            | {key: float(result[key]) if key in result else None for key in COSTS}
+            | {key: float(result.get(key, math.nan)) for key in COSTS}
             for mode, result in read_json(path).items()
         }
 
@@ -151,7 +151,7 @@ def read_run(folder: Path, flags: str = "", modes: Sequence[str] = GATE_MODES) -
         state = shortcoming(args, errors, tests, flags, modes)
     notes = folder / "notes.md"
     text = notes.read_text().strip() if notes.exists() else ""
-    executed = statistics.mean(rates) if rates else None
+    executed = statistics.mean(rates) if rates else math.nan
     return Run(folder.name, gated, state, args, errors, seconds, executed, tests, best_tests, text)
 
 
@@ -190,11 +190,11 @@ class Difference(NamedTuple):
     high: float
 
 
-def difference(a: Sequence[float], b: Sequence[float], paired: bool = False) -> Difference | None:
-    """mean(a) - mean(b), with an interval if both have two values; None if one has none."""
-    if not a or not b:
-        return None
-    mean, low, high = statistics.mean(a) - statistics.mean(b), math.nan, math.nan
+def difference(a: Sequence[float], b: Sequence[float], paired: bool = False) -> Difference:
+    """mean(a) - mean(b), with an interval if both have two values."""
+    mean = low = high = math.nan
+    if a and b:
+        mean = statistics.mean(a) - statistics.mean(b)
     if min(len(a), len(b)) > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # equal values: an interval of NaN
@@ -203,9 +203,9 @@ def difference(a: Sequence[float], b: Sequence[float], paired: bool = False) -> 
     return Difference(mean, low, high)
 
 
-def verdict(found: Difference | None, better: str = "beat", worse: str = "missed") -> str:
+def verdict(found: Difference, better: str = "beat", worse: str = "missed") -> str:
     """What a difference of errors, ours minus the other's, shows."""
-    if found is None or math.isnan(found.low):
+    if math.isnan(found.low):
         return UNKNOWN
     if found.high < 0:
         return better
@@ -217,17 +217,17 @@ def whole(runs: Runs, arm: str) -> dict[int, Run]:
     return {seed: run for seed in SEEDS if not (run := runs[f"small-{arm}-s{seed}"]).state}
 
 
-def tests_of(runs: Runs, arm: str, mode: str) -> list[dict[str, float | None]]:
+def tests_of(runs: Runs, arm: str, mode: str) -> list[dict[str, float]]:
     """The tests in this mode of the complete runs of an arm."""
     return [found for run in whole(runs, arm).values() if (found := run.results(mode))]
 
 
-def column(tests: Sequence[dict[str, float | None]], key: str = "error") -> list[float]:
+def column(tests: Sequence[dict[str, float]], key: str = "error") -> list[float]:
     """A result of these tests, of all that counted it."""
-    return [test[key] for test in tests if test[key] is not None]
+    return [test[key] for test in tests if not math.isnan(test[key])]
 
 
-def compare(runs: Runs, arm: str, other: str, mode: str) -> Difference | None:
+def compare(runs: Runs, arm: str, other: str, mode: str) -> Difference:
     """The error of an arm minus that of another."""
     return difference(column(tests_of(runs, arm, mode)), column(tests_of(runs, other, mode)))
 
@@ -235,8 +235,8 @@ def compare(runs: Runs, arm: str, other: str, mode: str) -> Difference | None:
 # ---------------------------------------------------------------------------------------------- Markdown
 
 
-def show(value: float | None, digits: int = 2) -> str:
-    return NONE if value is None or math.isnan(value) else f"{value:.{digits}f}"
+def show(value: float, digits: int = 2) -> str:
+    return NONE if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def show_mean(values: Sequence[float], digits: int = 2) -> str:
@@ -245,8 +245,8 @@ def show_mean(values: Sequence[float], digits: int = 2) -> str:
     return show(statistics.mean(values), digits) + spread if values else NONE
 
 
-def show_difference(found: Difference | None) -> str:
-    if found is None:
+def show_difference(found: Difference) -> str:
+    if math.isnan(found.mean):
         return NONE
     interval = "no interval" if math.isnan(found.low) else f"{found.low:+.2f} to {found.high:+.2f}"
     return f"{found.mean:+.2f} ({interval})"
@@ -257,14 +257,8 @@ def show_seeds(runs: Runs, arm: str) -> str:
     return f"{len(SEEDS) - len(missing)} of {len(SEEDS)}" + (f", missing: {', '.join(missing)}" if missing else "")
 
 
-def show_test(result: dict[str, float | None]) -> list[str]:
-    """One cell for each of `COLUMNS`."""
-    values = [(result[key], unit, digits) for key, (_, unit, digits) in MEASURES.items()]
-    return [NONE if value is None else show(value / unit, digits) for value, unit, digits in values]
-
-
-def show_tests(tests: Sequence[dict[str, float | None]]) -> list[str]:
-    """The same, mean and deviation of several."""
+def show_tests(tests: Sequence[dict[str, float]]) -> list[str]:
+    """One cell for each of `COLUMNS`, mean and deviation of several tests."""
     return [show_mean([value / unit for value in column(tests, key)], digits)
             for key, (_, unit, digits) in MEASURES.items()]
 
@@ -339,9 +333,9 @@ AIG executed {executed}."""
 def headline(runs: Runs, mode: str, words: str) -> str:
     found, tests = compare(runs, AIG, PLAIN, mode), [tests_of(runs, arm, mode) for arm in (AIG, PLAIN)]
     costs = [column(those, "macs_mean") for those in tests]
-    if found is None:
+    if math.isnan(found.mean):
         return f"- Gate mode `{mode}`, {words}: **{UNKNOWN}**."
-    share = 100 * statistics.mean(costs[0]) / statistics.mean(costs[1]) if all(costs) else None
+    share = 100 * statistics.mean(costs[0]) / statistics.mean(costs[1]) if all(costs) else math.nan
     ours, plain = (show_mean(column(those)) for those in tests)
     return (f"- Gate mode `{mode}`, {words}, at {show(share, 1)} % of the plain net's multiply-accumulates: "
             f"**{verdict(found)}**. Error {ours} % against {plain} %: {show_difference(found)} points.")
@@ -469,7 +463,7 @@ def reestimations(runs: Runs) -> Iterator[tuple[str, ...]]:
 def full_section(runs: Runs) -> str:
     full = [*(runs[f"full-{arm}"] for arm in FULL_RUNS), *(runs[f"long-{arm}"] for arm in LONG_RUNS)]
     rows = [
-        (run.name, f"{which} ({result['epoch']})", mode, *show_test(result))
+        (run.name, f"{which} ({result['epoch']})", mode, *show_tests([result]))
         for run in full
         for which, tests in (("last", run.tests), ("best", run.best_tests))
         for mode, result in tests.items()
@@ -490,14 +484,14 @@ What choosing the best epoch in mode `argmax` does to the error on the test imag
 
 def choice(run: Run) -> str:
     """The error on the test images of the best epoch against the last one's."""
-    best, last = (tests.get("argmax", {}).get("error") for tests in (run.best_tests, run.tests))
     if run.state:
         return run.state
     if not run.args.get("val_size"):
         return f"{run.flattery():+.2f} points against the last epoch, chosen on the test images"
-    if best is None:
+    if "argmax" not in run.best_tests:
         return "chosen on held-out images, but its best epoch has not been tested yet"
-    return f"{best - last:+.2f} points against the last epoch, chosen on held-out images"
+    gain = run.best_tests["argmax"]["error"] - run.tests["argmax"]["error"]
+    return f"{gain:+.2f} points against the last epoch, chosen on held-out images"
 
 
 def curve_section(path: Path) -> str:
@@ -508,7 +502,7 @@ def curve_section(path: Path) -> str:
     with naming(path), path.open(newline="") as file:
         rows = [
             (row["run"], row["mode"], show(float(row["threshold"] or "nan")),
-             *show_test({key: float(row[key]) for key in MEASURES}))
+             *show_tests([{key: float(row[key]) for key in MEASURES}]))
             for row in csv.DictReader(file)
         ]
     return f"""{title}
@@ -525,7 +519,7 @@ def others_section(others: Sequence[Run]) -> str:
         net = f"{run.args.get('arch') or f'ResNet-{depth}'}, t = {run.args.get('target')}"
         name = (run.name, net, Path(run.args.get("data") or run.args.get("dataset") or NONE).name, show_commit(run))
         last, best = (show_epoch(run, best) for best in (False, True))
-        tests = [(f"{mode} ({result['epoch']})", *show_test(result)) for mode, result in run.tests.items()]
+        tests = [(f"{mode} ({result['epoch']})", *show_tests([result])) for mode, result in run.tests.items()]
         rows += [(*name, last, best, *test) for test in tests or [("not tested", *[NONE] * len(MEASURES))]]
         lines = "\n".join(f"    python {command}" for command in run.args["commands"])
         details.append("\n\n".join(filter(None, (f"### {run.name}", lines, run.state, run.notes))))

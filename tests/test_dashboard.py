@@ -238,7 +238,7 @@ def test_the_server_holds_exactly_the_windows(server, tmp_path):
     assert_windows_are_the_records(server, "by hand", folder)
 
 
-def test_windows_have_their_sizes_and_titles_on_the_page(server, tmp_path):
+def test_windows_have_their_size_and_titles_on_the_page(server, tmp_path):
     import visdom
 
     folder = write_run(tmp_path / "sized")
@@ -247,7 +247,7 @@ def test_windows_have_their_sizes_and_titles_on_the_page(server, tmp_path):
     held = {name: json.loads(client.get_window_data(name)) for name in WINDOWS}
     shown = dashboard.windows_in(folder, runs.read_records(folder))
     for name, window in shown.items():
-        assert (held[name]["width"], held[name]["height"]) == dashboard.size(window)
+        assert (held[name]["width"], held[name]["height"]) == (dashboard.WIDTH, dashboard.HEIGHT)
         assert held[name]["title"] == window["layout"]["title"]["text"]
         assert held[name]["type"] == ("text" if name == "summary" else "plot")
 
@@ -331,10 +331,11 @@ def test_a_finished_run_is_drawn_as_an_image_for_each_window_and_a_sheet(run, tm
 def test_the_sheet_holds_every_window_in_its_place():
     shown = windows([record(1), record(2)])
     sheet = dashboard.figure(shown.values())
-    titles = [place.axes[0].get_title() for place in sheet.subfigs]
+    places = sheet.subfigs[: len(shown)]  # the rest of the last row is empty
+    titles = [place.axes[0].get_title() for place in places]
     assert titles == [window["layout"]["title"]["text"] for window in shown.values()]
     sheet.canvas.draw()
-    boxes = [place.bbox for place in sheet.subfigs]
+    boxes = [place.bbox for place in places]
     for index, box in enumerate(boxes):
         for other in boxes[:index]:
             width = min(box.x1, other.x1) - max(box.x0, other.x0)
