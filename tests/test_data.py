@@ -1,6 +1,7 @@
 """The batched augmentation is torchvision's, and batches are a function of (seed, epoch, step)."""
 
 import os
+import pickle
 import sys
 
 import numpy as np
@@ -209,6 +210,15 @@ def test_what_workers_share_of_the_paths_is_one_array(image_folder, tmp_path):
         pixels, found = images[0, index]
         assert torch.equal(pixels, images.transform(read_image(path)))
         assert (type(found), found) == (int, label)
+
+
+def test_workers_that_are_not_forked_can_be_given_their_work(image_folder, tmp_path):
+    """As on macOS, and from Python 3.14 on: all of it is pickled."""
+    _, images = seeded(image_folder(tmp_path, train=1) / "train")
+    given = pickle.loads(pickle.dumps(images))
+    assert torch.equal(given[5, 0][0], images[5, 0][0])
+    for function in (data.collate, data.leave_signals_to_the_trainer):
+        assert pickle.loads(pickle.dumps(function)) is function
 
 
 @pytest.mark.parametrize(("cores", "processes", "workers"), [(12, 1, 12), (12, 4, 3), (11, 4, 2), (2, 8, 1)])
