@@ -2,6 +2,7 @@
 
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -147,6 +148,27 @@ def test_split_gives_every_image_its_label_and_noise_once():
     assert torch.equal(torch.cat([part[0] for part in parts]), images)
     assert torch.equal(torch.cat([part[1] for part in parts]), labels)
     assert torch.equal(torch.cat([part[2] for part in parts], 1), noise)
+
+
+class Exchanging(torch.nn.parallel.DistributedDataParallel):
+    """Notes whether gradients would be exchanged, without another process."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.exchanges = True
+
+    @contextmanager
+    def no_sync(self):
+        self.exchanges = False
+        yield
+        self.exchanges = True
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_processes_exchange_gradients_after_the_last_part_only(parts):
+    network, values = Exchanging(), torch.arange(7)
+    exchanges = [network.exchanges for _ in engine.split(network, values, values, values.expand(3, 7), parts)]
+    assert exchanges == [False] * (parts - 1) + [True]
 
 
 def test_accumulation_gives_the_classification_gradient_of_the_whole_batch():

@@ -10,6 +10,7 @@ from steps import RATES, RECIPE, Batches, new_state, small_loader, small_net, tr
 
 from aig import engine
 from aig.console import InputError, TrainingError
+from aig.distributed import World
 from aig.losses import Objective
 from aig.state import State, enter_epoch, fill_momentum, restore
 
@@ -102,6 +103,22 @@ def test_a_checkpoint_holds_everything_but_the_flags(stopped):
     assert (stopped["epoch"], stopped["step"], stopped["seen"], stopped["best_prec1"]) == (1, 2, 32, 37.5)
     assert stopped["sums"].keys() == {"gates", "loss_classify", "loss_target", "top1"}
     assert stopped["seconds"] > 0
+
+
+class Two(World):
+    """One of two processes, of which the other has running means higher by 2."""
+
+    def total(self, values):
+        return {name: 2 * value + 2 * name.endswith("running_mean") for name, value in values.items()}
+
+
+def test_a_checkpoint_holds_the_mean_of_all_processes_statistics():
+    state = fresh()
+    own = copy.deepcopy(state.model.state_dict())
+    state.world = Two(0, 2)
+    for held in (state.checkpoint()["state_dict"], state.model.state_dict()):  # with which this process goes on, too
+        for name, value in held.items():
+            torch.testing.assert_close(value, own[name] + name.endswith("running_mean"))
 
 
 def test_between_two_epochs_a_checkpoint_holds_no_seconds():
