@@ -1,5 +1,8 @@
 """A network is rebuilt from what a checkpoint holds: block type, widths, stages, gates and classes."""
 
+import math
+import zipfile
+
 import pytest
 import torch
 from PIL import Image
@@ -140,6 +143,18 @@ def spoilt_files():
     yield {"state_dict": state, "args": {"classes": ["one"]}}, "names 1 classes, but its network has 4"
     yield {"state_dict": state, "args": {"mean": [1, 2]}}, "args are malformed"
     yield {"state_dict": state, "args": {"mean": [0, 0, 0], "std": [1, 1, 0]}}, "args are malformed"
+    yield {"state_dict": state, "args": {"mean": [0, 0, math.nan], "std": [1, 1, 1]}}, "args are malformed"
+    yield {"state_dict": state, "args": {"mean": [0, 0, 0], "std": [1, 1, math.inf]}}, "args are malformed"
+    for name in ("block_rates", "lr_milestones"):
+        for values in ([math.nan], ["a"], 7):
+            yield {"state_dict": state, "args": {name: values}}, "args are malformed"
+    yield {"state_dict": state, "epoch": True}, "its epoch is a bool"
+    yield {"state_dict": state, "seconds": "1"}, "its seconds is a str"
+    for tensor in (torch.zeros(4, dtype=torch.cfloat), torch.zeros(4).to_sparse(), torch.zeros(4, device="meta")):
+        yield {"state_dict": {**state, "linear.bias": tensor}}, "no state_dict of tensors"
+    photographs = ResNet_ImageNet(BasicBlock, (1, 1, 1, 1), 5).state_dict()
+    for size in (7, 4097, 96.0, True):
+        yield {"state_dict": photographs, "args": {"image_size": size}}, "image_size is malformed"
 
 
 def test_what_is_no_convnet_aig_is_an_input_error(tmp_path):
@@ -148,6 +163,70 @@ def test_what_is_no_convnet_aig_is_an_input_error(tmp_path):
         with pytest.raises(InputError, match=message) as error:
             aig.load(tmp_path / "file")
         assert str(tmp_path / "file") in str(error.value)
+
+
+def damaged_files(path):
+    """The bytes of archives that are not as `torch.save` wrote them."""
+    whole = path.read_bytes()
+    middle = whole.index(bytes(small_net().state_dict()["linear.weight"].numpy().data))
+    yield whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    for compression, attributes in ((zipfile.ZIP_DEFLATED, 0), (zipfile.ZIP_STORED, checkpoint.MSDOS_FOLDER)):
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(path.with_name("other"), "w") as new:
+            for name in old.namelist():
+                entry = zipfile.ZipInfo(name)
+                entry.compress_type = compression
+                entry.external_attr = attributes if "/data/" in name else 0  # the weights
+                new.writestr(entry, old.read(name))
+        yield path.with_name("other").read_bytes()
+
+
+def test_an_archive_that_is_not_as_it_was_written_is_refused(tmp_path):
+    """`torch.load` itself would take each of them, and two of them with other weights."""
+    path = saved(tmp_path / "file", small_net())
+    for content in damaged_files(path):
+        (tmp_path / "damaged").write_bytes(content)
+        with pytest.raises(InputError, match="damaged or a foreign file"):
+            checkpoint.load_checkpoint(tmp_path / "damaged")
+
+
+class Code:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_code_in_a_file_is_never_run(tmp_path, new_format):
+    content = {"state_dict": small_net().state_dict(), "more": Code(tmp_path / "executed")}
+    torch.save(content, tmp_path / "file", _use_new_zipfile_serialization=new_format)
+    with pytest.raises(InputError, match="damaged or a foreign file"):
+        checkpoint.load_checkpoint(tmp_path / "file")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_file_saved_on_a_gpu_is_read_onto_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    path = saved(tmp_path / "file", small_net())
+    assert {value.device.type for value in checkpoint.load_checkpoint(path)["state_dict"].values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, math.nan, "0.5", 1])
+def test_a_threshold_that_is_none_is_left_at_one_half(tmp_path, threshold):
+    assert aig.load(saved(tmp_path / "file", small_net(), args={"threshold": threshold})).threshold == 0.5
+
+
+def test_gates_of_blocks_that_have_none_here_are_left_out():
+    gated, ungated = small_net(), small_net(rates=[0.5, 1, 1])
+    with torch.no_grad():
+        gated.linear.bias.fill_(3)
+    checkpoint.load_weights(ungated, gated.state_dict(), "FILE")
+    assert all(torch.equal(value, gated.state_dict()[name]) for name, value in ungated.state_dict().items())
+    with pytest.raises(InputError, match=r"FILE does not fit this network: keys .* missing"):
+        checkpoint.load_weights(gated, ungated.state_dict(), "FILE")
 
 
 def test_a_plain_resnet_of_torchvision_is_no_convnet_aig(tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -49,6 +50,7 @@ def test_offsets_are_uniform_and_flips_even(device):
         assert ((counts / n - 1 / 9).abs() < 4 * (1 / 9 * 8 / 9 / n) ** 0.5).all()
     assert abs(flip.double().mean() - 0.5) < 4 * 0.5 / n**0.5
     assert abs(torch.corrcoef(torch.stack([top, left]).double())[0, 1]) < 4 / n**0.5
+    assert not SmallImageLoader(random_images(2), 2, UNIT, augment="crop").draw(n, torch.Generator())[2].any()
 
 
 def test_padding_is_black_before_normalising():
@@ -95,6 +97,17 @@ def test_batches_depend_on_seed_epoch_and_step_alone(device):
     assert not torch.equal(whole[0], images(1, 4)[0])
 
 
+def test_augmentation_is_anew_in_each_step_epoch_and_run():
+    """Of equal images, so that shuffling changes nothing."""
+    source = SmallImages(random_images(1, 8).images.expand(32, 8, 8, 3), torch.zeros(32).long(), ["one"])
+
+    def batches(seed, epoch):
+        return [x for x, _ in SmallImageLoader(source, 16, UNIT, augment="crop", seed=seed).batches(epoch)]
+
+    drawn = [*batches(1, 1), batches(1, 2)[0], batches(2, 1)[0]]
+    assert not any(torch.equal(one, other) for k, one in enumerate(drawn) for other in drawn[:k])
+
+
 @pytest.mark.parametrize(("count", "dropped", "steps"), [(33, 1, 2), (34, 0, 3), (32, 0, 2)])
 def test_a_last_training_batch_of_one_image_is_left_out(count, dropped, steps):
     loader = SmallImageLoader(random_images(count), 16, UNIT, augment="crop")
@@ -117,16 +130,25 @@ def test_held_out_images_are_disjoint_and_always_the_same():
     source = SmallImages(torch.zeros(50, 8, 8, 3, dtype=torch.uint8), torch.arange(50), [])
     train, held_out = data.hold_out(source, 10)
     assert sorted([*train.labels.tolist(), *held_out.labels.tolist()]) == list(range(50))
+    torch.manual_seed(7)  # of another run
     assert torch.equal(held_out.labels, data.hold_out(source, 10)[1].labels)
+    assert len(data.hold_out(source, 48)[0]) == 2
     with pytest.raises(InputError, match="only 50 training images"):
         data.hold_out(source, 49)
 
 
-def test_mean_and_std_are_those_of_all_pixels():
-    source = random_images(37, size=5)
+@pytest.mark.parametrize(("count", "size"), [(37, 5), (2500, 2)])  # at once, and in parts
+def test_mean_and_std_are_those_of_all_pixels(count, size):
+    source = random_images(count, size)
     pixels = source.images.numpy().reshape(-1, 3) / 255
     mean, std = data.pixel_statistics(DATASETS["folder"], source)
     np.testing.assert_allclose([mean, std], [pixels.mean(0), pixels.std(0)], rtol=1e-12)
+
+
+def test_images_of_one_colour_do_not_divide_by_zero():
+    grey = SmallImages(torch.full((4, 8, 8, 3), 51, dtype=torch.uint8), torch.zeros(4).long(), ["grey"])
+    mean, std = data.pixel_statistics(DATASETS["folder"], grey)
+    assert (mean, std) == (pytest.approx([0.2] * 3), [1 / 255] * 3)
 
 
 def test_cifar_keeps_the_originals_constants():
@@ -256,6 +278,7 @@ def test_a_split_holds_out_the_same_part_of_each_class_every_time(tmp_path):
     everything = [(path.rsplit("/", 1)[1], label) for path, label in data.open_image_folder(root).samples]
     assert sorted(train + test) == sorted(everything)
     assert (split_names(root, True), split_names(root, False)) == (train, test)
+    assert train == [sample for sample in everything if sample in set(train)]  # in the folder's order
     assert test[:5] != [(f"{number:02}.png", 0) for number in range(5)]  # not just the first
 
 
@@ -298,11 +321,15 @@ def test_a_split_reaches_both_loaders(tmp_path):
 
 
 def test_a_subset_does_not_depend_on_the_seed_of_the_run():
-    chosen = [data.open_loaders(Choice("digits", train_size=100), Batching(64, seed)).train for seed in (1, 2)]
+    chosen = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        chosen.append(data.open_loaders(Choice("digits", train_size=100), Batching(64, seed)).train)
     assert torch.equal(chosen[0].images, chosen[1].images)
     assert chosen[0].num_images == 100
     loaded = data.open_loaders(Choice("digits", train_size=100, val_size=50), Batching(64))
     assert (loaded.train.num_images, loaded.val.num_images) == (100, 50)
+    assert data.open_loaders(Choice("digits", train_size=1437), Batching(64)).train.num_images == 1437
     with pytest.raises(InputError, match="--train-size 2000: there are only 1437 images"):
         data.open_loaders(Choice("digits", train_size=2000), Batching(64))
 
@@ -313,10 +340,29 @@ def test_a_test_on_a_subset_takes_always_the_same_images():
     assert torch.equal(tests[0].images, tests[1].images)
 
 
+def test_a_test_is_on_the_test_images_though_training_held_out_others():
+    own, whole = (
+        data.open_loaders(Choice("digits", val_size=50, test=test, needs_training=test), Batching(64))
+        for test in (True, False)
+    )
+    assert torch.equal(own.val.images, data.load_digits("", False).images)
+    assert whole.val.num_images == 50
+    assert torch.equal(own.train.images, whole.train.images)
+
+
+def test_classes_of_training_and_test_images_that_differ_are_an_error(image_folder, tmp_path):
+    image_folder(tmp_path, ("ant", "bee"), train=2)
+    image_folder(tmp_path, ("ant", "cow"), val=2)
+    for dataset in ("folder", data.PHOTOGRAPHS):
+        with pytest.raises(InputError, match="differ from those trained on: bee, cow"):
+            data.open_loaders(Choice(dataset, str(tmp_path), image_size=32), Batching(4))
+
+
 def test_a_checkpoints_normalisation_and_classes_are_kept():
     own = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "classes": list("0123456789")}
-    loaders = data.open_loaders(Choice("digits", test=True, **own), Batching(64))
-    assert loaders.normalisation == (own["mean"], own["std"])
+    for test in (True, False):
+        loaders = data.open_loaders(Choice("digits", test=test, **own), Batching(64))
+        assert loaders.normalisation == (own["mean"], own["std"])
     with pytest.raises(InputError, match="differ from those trained on: 0, x"):
         data.open_loaders(Choice("digits", test=True, classes=list("x123456789")), Batching(64))
 
@@ -327,3 +373,49 @@ def test_a_further_data_set_is_one_entry(monkeypatch):
     loaders = data.open_loaders(Choice("stripes"), Batching(4))
     assert (loaders.train.size, loaders.train.num_images, len(loaders.val.classes)) == ((16, 16), 12, 3)
     assert next(loaders.train.batches(1))[0].shape == (4, 3, 16, 16)
+
+
+# ---------------------------------------------------------------------------------------------- shares of photographs
+
+
+@pytest.fixture
+def photographs(image_folder, tmp_path):
+    """`photographs(...)` -> a loader of 8 of them."""
+    folder = image_folder(tmp_path, train=4) / "train"
+
+    def load(batch_size=5, world=ALONE, seed=1, augment=True):
+        source = data.open_image_folder(folder)
+        return data.PhotoLoader(source, batch_size, augment=augment, size=24, seed=seed, workers=0, world=world)
+
+    return load
+
+
+def test_photographs_are_augmented_in_training_anew_in_each_epoch_and_run(photographs):
+    def in_the_folders_order(loader, epoch):
+        order = loader.order(epoch).argsort()
+        return torch.cat([x for x, _ in loader.batches(epoch)])[order]
+
+    drawn = [in_the_folders_order(photographs(seed=seed), epoch) for seed, epoch in ((1, 1), (1, 2), (2, 1))]
+    drawn.append(in_the_folders_order(photographs(augment=False), 1))
+    for k, one in enumerate(drawn):
+        assert not any(torch.equal(one[i], other[i]) for other in drawn[:k] for i in range(8))
+    assert torch.equal(drawn[3], in_the_folders_order(photographs(augment=False), 2))
+
+
+def test_photographs_for_training_are_augmented_and_those_for_validation_are_not(image_folder, tmp_path):
+    root = image_folder(tmp_path, train=2)
+    shutil.copytree(root / "train", root / "val")
+    loaders = data.open_loaders(Choice(data=str(root), image_size=24), Batching(4))
+    assert not torch.equal(loaders.train.pixels(0), loaders.val.pixels(0))
+    assert (loaders.train.training, loaders.val.training) == (True, False)
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_the_processes_share_each_batch_of_photographs(photographs, augment):
+    whole = list(photographs(6, augment=augment).batches(1))
+    shares = [list(photographs(6, World(rank, 3), augment=augment).batches(1)) for rank in range(3)]
+    assert [len(labels) for _, labels in shares[2]] == [2] if augment else [2, 0]
+    for batch, *parts in zip(whole, *shares, strict=not augment):
+        labels = [labels for _, labels in parts]
+        assert torch.equal(torch.cat(labels), batch[1])
+        assert torch.equal(torch.cat([images for images, _ in parts if len(images)]), batch[0])

@@ -3,6 +3,7 @@
 import copy
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -141,6 +142,18 @@ def test_a_training_step_is_the_gradient_of_both_losses(device):
     assert sums["loss_classify"].item() == pytest.approx(16 * F.cross_entropy(logits, labels).item())
 
 
+def test_no_step_adds_to_the_gradient_of_the_one_before():
+    model, (images, labels) = small_net(), batch(32)
+    train(model, Batches(images, labels, 16), lr=0)
+    found = gradients(model)
+    logits, gates = model.train()(images[16:], noise=noise_of(1, 2, 16, images))
+    loss_target = 2 * target_rate_loss(torch.stack(gates, 1).mean(0), torch.tensor(RATES))
+    loss = F.cross_entropy(logits, labels[16:]) + loss_target
+    expected = torch.autograd.grad(loss, list(model.parameters()))
+    for gradient, (name, value) in zip(expected, found.items(), strict=True):
+        torch.testing.assert_close(value, gradient, msg=name)
+
+
 def test_noise_is_that_of_the_step_whatever_came_before_and_however_many_processes_share_it():
     model, images = small_net(), torch.zeros(7, 3, 8, 8)
     whole = engine.step_noise(model, images, 7, (1, "noise", 2, 3), World())
@@ -159,6 +172,27 @@ def test_split_gives_every_image_its_label_and_noise_once():
     assert torch.equal(torch.cat([part[0] for part in parts]), images)
     assert torch.equal(torch.cat([part[1] for part in parts]), labels)
     assert torch.equal(torch.cat([part[2] for part in parts], 1), noise)
+
+
+class Exchanging(torch.nn.parallel.DistributedDataParallel):
+    """Notes whether gradients would be exchanged, without another process."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.exchanges = True
+
+    @contextmanager
+    def no_sync(self):
+        self.exchanges = False
+        yield
+        self.exchanges = True
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_processes_exchange_gradients_after_the_last_part_only(parts):
+    network, values = Exchanging(), torch.arange(7)
+    exchanges = [network.exchanges for _ in engine.split(network, values, values, values.expand(3, 7), parts)]
+    assert exchanges == [False] * (parts - 1) + [True]
 
 
 def test_accumulation_gives_the_classification_gradient_of_the_whole_batch():
@@ -232,6 +266,37 @@ def test_warm_up_reaches_the_optimizer_at_every_step():
     optimizer.step = lambda: (seen.append(optimizer.param_groups[0]["lr"]), original())
     train(model, loader, state=state, warmup=1)
     assert seen == pytest.approx([0.025, 0.05, 0.075, 0.1])
+
+
+def test_the_recorded_learning_rate_is_that_of_the_epochs_last_step():
+    run = train(small_net(), small_loader(), epochs=3, warmup=2)
+    assert [record["lr"] for record in run.records] == pytest.approx([0.05, 0.1, 0.1])
+
+
+def test_the_noise_of_a_validation_is_a_function_of_seed_and_epoch():
+    def validated(**changes):
+        """The rates of a network that stays as it is, in two epochs."""
+        model = small_net()
+        model.gate_mode = "sample"
+        for module in model.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.momentum = 0
+        return [record["val"]["gates"] for record in train(model, small_loader(), epochs=2, lr=0, **changes).records]
+
+    first = validated()
+    assert validated() == first
+    assert len({tuple(rates) for rates in first + validated(seed=2)}) == 4
+
+
+def test_of_gates_that_always_and_that_sometimes_open_a_training_names_the_former(capsys):
+    model = small_net()
+    block = list(model.blocks())[1]
+    torch.nn.init.zeros_(block.fc2.weight)
+    with torch.no_grad():
+        block.fc2.bias.copy_(torch.tensor([-50.0, 50.0]))
+    train(model, small_loader())
+    warning = capsys.readouterr().out.split("warning: ")[1]
+    assert warning.startswith("1 of 3 gates did the same for nearly every image, those of blocks 2 (open, target 0.5);")
 
 
 def test_gates_learn_their_target_rates():

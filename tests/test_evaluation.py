@@ -80,6 +80,18 @@ def test_evaluation_statistics_equal_a_count_image_by_image(placed, mode):
     assert record["loss"] == pytest.approx(record["loss_classify"] + record["loss_target"])
 
 
+def test_a_network_in_train_mode_is_evaluated_in_eval_mode_and_left_there(model, loader):
+    expected = evaluation.evaluate(model, loader, OBJECTIVE, 1)
+    before = copy.deepcopy(model.state_dict())
+    for measured in (False, True):
+        model.train()
+        found = result_of(model, loader, dense=True) if measured else evaluation.evaluate(model, loader, OBJECTIVE, 1)
+        np.testing.assert_equal({name: found[name] for name in expected}, expected)
+        assert not any(module.training for module in model.modules())
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+
+
 def test_each_batch_of_the_evaluation_may_stop_it(model, loader):
     calls = []
 
@@ -128,6 +140,22 @@ def test_repeated_tests_agree_and_samples_report_their_spread(model, loader):
     assert sampled["execution_rate_std"] == pytest.approx(np.std(each, ddof=1))
     assert result_of(model, loader, samples=4, seed=2)["gates"] != sampled["gates"]
     assert result_of(model, loader, samples=1)["top1_std"] is None
+
+
+def test_only_a_test_that_samples_is_repeated_and_its_speed_counts_every_image(model, loader, monkeypatch):
+    clock, batches = [0.0], loader.batches
+
+    def tick(*args):
+        clock[0] += 2
+        return batches(*args)
+
+    monkeypatch.setattr(evaluation.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loader, "batches", tick)
+    for model.gate_mode, passes in (("argmax", 1), ("expected", 1), ("sample", 4)):
+        before = clock[0]
+        result = evaluation.measure(model, loader, OBJECTIVE, samples=4)
+        assert clock[0] - before == 2 * passes
+        assert result["images_per_second"] == 25  # 50 images in 2 seconds
 
 
 @pytest.mark.parametrize("mode", ["argmax", "all"])
@@ -324,6 +352,19 @@ def test_reestimating_reads_nothing_between_the_batches_and_is_a_mean_over_them(
     assert not [name for batch, name in noted if batch > 0]
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
+
+
+def test_reestimated_statistics_depend_on_the_seed_alone_and_need_no_gradient(model, loader):
+    found, with_gradient = [], []
+    model.gate_mode = "sample"
+    model.register_forward_hook(lambda module, args, output: with_gradient.append(output[0].requires_grad))
+    for seed in (1, 1, 2):
+        evaluation.reestimate_batchnorm(model, loader, seed=seed)
+        found.append(torch.cat([value.flatten() for name, value in model.named_buffers() if "running" in name]))
+        torch.rand(1)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert with_gradient == [False] * 3 * len(loader)
 
 
 def test_a_network_that_is_not_finite_is_tested_to_the_end(loader):

@@ -187,6 +187,18 @@ def distance_to_threshold(model, x):
     return least.detach()
 
 
+@pytest.mark.parametrize("conditional", [True, False])
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_gate_exactly_at_the_threshold_is_closed(n, conditional):
+    model = cifar()
+    for block in model.blocks():
+        torch.nn.init.zeros_(block.fc2.weight)
+        torch.nn.init.zeros_(block.fc2.bias)
+    fast = inference.accelerate(model)
+    fast.conditional = conditional
+    assert (assert_same(model, fast, images(n, (16, 16))) == 0).all()
+
+
 def test_after_real_training():
     torch.manual_seed(0)
     model = ResNet_cifar(BasicBlock, (2, 2, 2), 4)
@@ -283,6 +295,17 @@ def test_counts_equal_torchs_own_on_what_ran(hypothesis):
     is_equal()
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_what_no_branch_has_changed_is_not_pooled_again(n, monkeypatch):
+    rows, pool = [], convnet_aig.FoldedGate.pool
+    monkeypatch.setattr(convnet_aig.FoldedGate, "pool", lambda self, x: (rows.append(len(x)), pool(self, x))[1])
+    pattern = torch.zeros(7, n).bool()
+    pattern[3, 0] = True
+    force(cifar(), monkeypatch, pattern)(images(n, (16, 16)))
+    # of stages of 2, 3 and 2 blocks: anew after the stem and after each shortcut, one image after its branch
+    assert rows == [n, n, 1, n]
+
+
 def test_the_fused_kernels_run_the_same_convolutions():
     if not onednn.fused_kernels():
         pytest.skip("this torch has no fused oneDNN kernels")
@@ -351,12 +374,16 @@ def test_it_is_for_inference_only_and_leaves_the_network_alone():
     logits, _ = fast(x)
     assert torch.equal(x, kept)
     assert not logits.requires_grad
+    assert not fast(x.clone().requires_grad_())[0].requires_grad
     assert not fast.training
     assert fast.eval() is fast
     with pytest.raises(RuntimeError, match="for inference only"):
         fast.train()
     assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    fast.double()
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
     fast.gate_mode = "maybe"
     with pytest.raises(ValueError, match="choose from argmax"):
         fast(x)
@@ -368,6 +395,7 @@ def test_it_can_be_moved_copied_and_saved():
     logits, _ = fast(x)
     for twin in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert torch.equal(twin(x)[0], logits)
+        assert bool(twin.conv1.fused) == bool(fast.conv1.fused)
     smaller = images(1, (20, 28), torch.float32)
     assert torch.equal(fast(smaller)[0], inference.accelerate(model)(smaller)[0])
     fast.double()
@@ -394,3 +422,14 @@ def test_a_forward_pass_on_a_device_is_timed_to_its_end(monkeypatch):
     images = torch.zeros(1, device="meta")
     assert inference.seconds(lambda x: calls.append("forward"), images, repeats=2) > 0
     assert calls == ["forward", "meta"] * 3
+
+
+def test_a_timing_is_the_best_of_several_after_one_to_warm_up(monkeypatch):
+    took, clock = [1, 5, 3, 4], [0.0]
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+
+    def network(x):
+        clock[0] += took.pop(0)
+
+    assert inference.seconds(network, torch.zeros(1), repeats=3) == 3
+    assert took == []

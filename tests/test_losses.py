@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from aig import engine, evaluation, inference, losses, state
 from aig.console import TrainingError
 from aig.distributed import World
-from aig.losses import Objective, averages, target_rate_loss, topk_correct
+from aig.losses import Objective, add, averages, target_rate_loss, topk_correct
 
 
 def outputs(count=12, classes=5, device="cpu"):
@@ -102,6 +102,27 @@ def test_what_was_computed_in_16_bits_goes_on_in_32():
     loss, _ = Objective(RATES, 1)(logits.bfloat16(), labels, gates, 12)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss - F.cross_entropy(logits.bfloat16().float(), labels), loss * 0, atol=0.2, rtol=0)
+
+
+def test_open_gates_of_16_bits_are_counted_exactly():
+    """Above 256 bfloat16 has only every second number."""
+    gates = [torch.ones(301, dtype=torch.bfloat16)] * 3
+    _, sums = Objective(RATES, 1)(torch.zeros(301, 4, dtype=torch.bfloat16), torch.zeros(301).long(), gates, 301)
+    assert sums["gates"].tolist() == [301] * 3
+
+
+def test_terms_of_images_are_means_or_sums_as_asked():
+    logits, labels, _ = outputs()
+    objective = Objective(RATES, 1)
+    mean, total = (objective.of_images(logits, labels, reduction=reduction) for reduction in ("mean", "sum"))
+    assert total["loss_classify"].item() == pytest.approx(12 * mean["loss_classify"].item())
+
+
+def test_running_sums_have_a_memory_of_their_own():
+    sums, value = {}, torch.ones(3, dtype=torch.float64)
+    add(sums, gates=value)
+    add(sums, gates=value)
+    assert (sums["gates"].tolist(), value.tolist()) == ([2] * 3, [1] * 3)
 
 
 class WithPenalty(Objective):

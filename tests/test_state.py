@@ -10,6 +10,7 @@ from steps import RATES, RECIPE, Batches, new_state, small_loader, small_net, tr
 
 from aig import engine
 from aig.console import InputError, TrainingError
+from aig.distributed import World
 from aig.losses import Objective
 from aig.state import State, enter_epoch, fill_momentum, restore
 
@@ -79,6 +80,15 @@ def test_seconds_go_on_from_those_of_earlier_processes():
     assert 100 < state.elapsed() < 110
 
 
+def test_each_epoch_is_timed_from_its_own_start(monkeypatch):
+    clock = iter([10.0, 14.0, 15.0, 21.0])
+    monkeypatch.setattr("aig.state.time.perf_counter", lambda: next(clock))
+    state = fresh()
+    assert state.elapsed() == 4
+    state.end_epoch(40.0)
+    assert state.elapsed() == 6
+
+
 @pytest.mark.parametrize("spoil", ["loss", "gradient", "nothing"])
 def test_the_first_step_that_is_not_finite_is_remembered(spoil):
     state = fresh()
@@ -103,6 +113,22 @@ def test_a_checkpoint_holds_everything_but_the_flags(stopped):
     assert (stopped["epoch"], stopped["step"], stopped["seen"], stopped["best_prec1"]) == (1, 2, 32, 37.5)
     assert stopped["sums"].keys() == {"gates", "loss_classify", "loss_target", "top1"}
     assert stopped["seconds"] > 0
+
+
+class Two(World):
+    """One of two processes, of which the other has running means higher by 2."""
+
+    def total(self, values):
+        return {name: 2 * value + 2 * name.endswith("running_mean") for name, value in values.items()}
+
+
+def test_a_checkpoint_holds_the_mean_of_all_processes_statistics():
+    state = fresh()
+    own = copy.deepcopy(state.model.state_dict())
+    state.world = Two(0, 2)
+    for held in (state.checkpoint()["state_dict"], state.model.state_dict()):  # with which this process goes on, too
+        for name, value in held.items():
+            torch.testing.assert_close(value, own[name] + name.endswith("running_mean"))
 
 
 def test_between_two_epochs_a_checkpoint_holds_no_seconds():
@@ -188,6 +214,20 @@ def test_an_epoch_goes_on_only_with_the_same_images_and_batches(checkpoint, othe
         enter(fresh(), checkpoint, other)
 
 
+@pytest.mark.parametrize("change", [{"step": 5, "seen": 50}, {"step": -1, "seen": -16}, {"seconds": -1}, {"seen": 33}])
+def test_an_epoch_goes_on_only_from_a_place_that_it_has(checkpoint, change):
+    with pytest.raises(InputError, match="FILE stopped in the middle of epoch 1, which goes on only with the same"):
+        enter(fresh(), {**checkpoint, **change})
+
+
+def test_going_on_leaves_the_checkpoint_as_it_was(checkpoint, stopped):
+    state = fresh()
+    enter(state, checkpoint)
+    state.add({name: torch.ones_like(value) for name, value in checkpoint["sums"].items()})
+    for name, value in stopped["sums"].items():
+        assert torch.equal(checkpoint["sums"][name], value)
+
+
 @pytest.mark.parametrize("value", [torch.tensor(math.nan), torch.zeros(2), torch.tensor(3), None, "none"])
 @pytest.mark.parametrize("name", ["loss_classify", "gates"])
 def test_sums_that_are_damaged_are_an_error(checkpoint, name, value):
@@ -226,6 +266,13 @@ def test_fused_sgd_has_momentum_before_a_first_step_that_is_left_out():
     plain = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     fill_momentum(plain)
     assert not plain.state
+
+
+def test_fused_sgd_has_momentum_where_the_checkpoint_has_none(checkpoint):
+    checkpoint["optimizer"]["state"] = {}
+    state = fresh(replace(RECIPE9, fused=True))
+    restore(state, checkpoint, "FILE")
+    assert all((state.optimizer.state[p]["momentum_buffer"] == 0).all() for p in state.model.parameters())
 
 
 def test_momentum_takes_the_memory_layout_of_its_parameter():
