@@ -67,10 +67,13 @@ def windows(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.
     rates = run.get("block_rates") or [math.nan] * len(val["gates"])
     counts = run.get("stages", [len(rates)])
     stages = [stage for stage, count in enumerate(counts) for _ in range(count)]  # of each block
+    gated = [block for block, rate in enumerate(rates) if not rate >= 1]
+    targets = [math.nan] * len(rates) if run.get("budget") else rates  # a budget asks no gate for a rate of its own
     learning_rate = [curve("learning rate", epochs, series(record["lr"] for record in records), HUES[0])]
     losses = {key: key.removeprefix("loss_") for key in keys(records, r"loss_\w+")}
     execution = both_parts(records, {"execution_rate": ""})
-    execution.append(curve("target", epochs, [float(np.mean(rates))] * len(epochs), BLACK, "dot"))
+    if not run.get("budget"):
+        execution.append(curve("target", epochs, [float(np.mean(rates))] * len(epochs), BLACK, "dot"))
     shown = {
         "learning_rate": chart("Learning rate", "epoch", "learning rate", learning_rate, **LOG),
         "loss": chart("Loss", "epoch", "loss", both_parts(records, {"loss": "total", **losses})),
@@ -79,15 +82,20 @@ def windows(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.
         title = f"Top-{key.removeprefix('top')} accuracy"
         shown[key] = chart(title, "epoch", "accuracy, %", both_parts(records, {key: ""}))
     shown["execution_rate"] = chart("Execution rate", "epoch", "branches run, fraction", execution, range=FRACTION)
-    if any(not rate >= 1 for rate in rates):
-        shown["gates"] = gate_window(records, epochs, rates, stages)
+    if keys(records, "macs_fraction"):
+        macs = both_parts(records, {"macs_fraction": ""})
+        budget = series(record["val"].get("macs_budget") for record in records)
+        macs.append(curve("budget", epochs, budget, BLACK, "dot"))
+        shown["macs"] = chart("Computation", "epoch", "MACs, of the dense net's", macs, range=FRACTION)
+    if gated:
+        shown["gates"] = gate_window(records, epochs, gated, targets, stages)
     shown["classes"] = class_window(records, epochs)
     rows = val.get("gates_by_class", matrix)
     rows = np.empty((0, 0)) if rows is None else np.array(rows, dtype=float)  # a class without images: None, then NaN
     if not np.isnan(rows).any(axis=1).all():
         title = f"Activations after epoch {epochs[-1]}: opening rate by class and block"
         shown["activations"] = heat_map(title, list(val["classes"]), rows, stages)
-        shown["modules"] = block_window(rows, rates)
+        shown["modules"] = block_window(rows, targets)
     shown["executed_blocks"] = executed_window(epochs[-1], val["executed_blocks"])
     shown["summary"] = summary(name, records, run)
     return shown
@@ -148,9 +156,10 @@ def chart(title: str, xlabel: str, ylabel: str, data: list[dict[str, Any]], **ya
     return {"data": data, "layout": layout}
 
 
-def gate_window(records: Sequence[dict], epochs: list[int], rates: Sequence[float], stages: list[int]) -> Window:
+def gate_window(
+    records: Sequence[dict], epochs: list[int], gated: list[int], targets: Sequence[float], stages: list[int]
+) -> Window:
     """The opening rate of each gated block. A stage has one hue, light to dark. The target rates are dotted."""
-    gated = [block for block, rate in enumerate(rates) if not rate >= 1]
     traces = []
     for block in gated:
         stage = stages[block]
@@ -158,7 +167,7 @@ def gate_window(records: Sequence[dict], epochs: list[int], rates: Sequence[floa
         colour = shade(HUES[stage % len(HUES)], peers.index(block), len(peers))
         values = series(record["val"]["gates"][block] for record in records)
         traces.append(curve(f"block {block + 1} (stage {stage + 1})", epochs, values, colour))
-    for rate in sorted({rates[block] for block in gated if math.isfinite(rates[block])}):
+    for rate in sorted({targets[block] for block in gated if math.isfinite(targets[block])}):
         traces.append(curve(f"target {rate:g}", epochs, [rate] * len(epochs), BLACK, "dot"))
     title = "Gates: opening rate by block (validation)"
     return chart(title, "epoch", "images open, fraction", traces, range=FRACTION)
@@ -213,8 +222,9 @@ def block_window(rows: np.ndarray, rates: Sequence[float]) -> Window:
         curve("highest of all classes", blocks, rows.max(axis=0).tolist(), HUES[4], "dash"),
         curve("lowest of all classes", blocks, rows.min(axis=0).tolist(), HUES[5], "dash"),
         curve("std / mean over the classes", blocks, relative.tolist(), HUES[1]),
-        curve("target", blocks, rates, BLACK, "dot"),
     ]
+    if not np.isnan(rates).all():
+        traces.append(curve("target", blocks, rates, BLACK, "dot"))
     return chart("Blocks: opening rate and spread over classes", "block", "rate", traces)
 
 

@@ -178,6 +178,19 @@ def test_a_run_of_an_older_version_is_shown_too():
     assert set(windows([record(1)], run={})) == WINDOWS
 
 
+def test_a_budget_has_a_window_and_no_gate_a_target():
+    records = [record(1), record(2)]
+    for each in records:
+        for part in (each["train"], each["val"]):
+            part |= {"macs_fraction": 0.7 / each["epoch"], "macs_budget": 0.6}
+    shown = windows(records, run={**RUN, "budget": 0.6})
+    assert set(shown) == WINDOWS | {"macs"}
+    assert curves(shown["macs"]) == {"validation": [0.7, 0.35], "training": [0.7, 0.35], "budget": [0.6, 0.6]}
+    for name in ("gates", "execution_rate", "modules"):
+        assert not [trace for trace in curves(shown[name]) if trace.startswith("target")]
+        assert [trace for trace in curves(windows(records)[name]) if trace.startswith("target")]
+
+
 def test_a_run_without_gates_and_a_run_of_nothing_finite(server):
     board = dashboard.Dashboard(server.home / "plain", port=server.port)
     runs.make_folder(board.folder)
