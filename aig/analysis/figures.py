@@ -113,7 +113,7 @@ def usage(executed: np.ndarray, macs: np.ndarray, labels: np.ndarray, classes: n
         axes.axvline(values.mean(), color="black", linestyle="--", label=f"mean {values.mean():{form}}")
         axes.legend(frameon=False)
         axes.set_ylabel("images")
-        axes.yaxis.set_major_formatter(PercentFormatter(len(values)))
+        axes.yaxis.set_major_formatter(PercentFormatter(len(values), decimals=0))
     by_macs.axvline(dense, color="black", linestyle=":")
     by_macs.text(dense, 1, "dense net", ha="center", va="bottom", transform=by_macs.get_xaxis_transform())
     shares = [np.histogram(executed[labels == k], edges, density=True)[0] for k in order]
