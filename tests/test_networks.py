@@ -4,7 +4,6 @@ import copy
 import json
 
 import pytest
-import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -19,8 +18,9 @@ from aig.losses import Objective
 from aig.networks import read_pretrained
 from convnet_aig import ARCHS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet
 
-DEEP = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch not in ("resnet18", "resnext50_32x4d")]
-TIMM = ["resnet26", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "wide_resnet50_2"))]
+QUICK = [("torchvision", "resnet18"), ("torchvision", "resnext50_32x4d"), ("timm", "resnet26")]
+SLOW = [("torchvision", arch) for arch in ARCHS] + [("timm", "resnet34"), ("timm", "wide_resnet50_2")]
+FAMILY = [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW if each not in QUICK)]
 
 
 def lived(model):
@@ -42,21 +42,16 @@ def plain_net():
 # ---------------------------------------------------------------------------------------------- gates for a network
 
 
-def theirs(name, library):
+def theirs(library, name, **options):
     torch.manual_seed(0)
-    made = getattr(torchvision.models, name)(num_classes=7) if library is torchvision else None
-    return lived(made or timm.create_model(name, num_classes=7))
+    if library == "timm":
+        return lived(pytest.importorskip("timm").create_model(name, **options))
+    return lived(getattr(torchvision.models, name)(**options))
 
 
-@pytest.mark.parametrize(
-    ("name", "library"),
-    [pytest.param(*each.values, torchvision, marks=each.marks) if hasattr(each, "values") else (each, torchvision)
-     for each in ("resnet18", "resnext50_32x4d", *DEEP)]
-    + [pytest.param(*each.values, timm, marks=each.marks) if hasattr(each, "values") else (each, timm)
-       for each in TIMM],
-)
-def test_a_gated_network_computes_what_the_plain_one_did(name, library):
-    plain = theirs(name, library)
+@pytest.mark.parametrize(("library", "name"), FAMILY)
+def test_a_gated_network_computes_what_the_plain_one_did(library, name):
+    plain = theirs(library, name, num_classes=7)
     net = aig.gate(plain)
     images = torch.randn(2, 3, 64, 64)
     net.gate_mode = "all"
@@ -142,11 +137,11 @@ def other_epsilon():
 
 
 UNFIT = {
-    "an SE layer": (lambda: timm.create_model("seresnet18"), r"layer1\.0\.se\.\S+ \(Conv2d\) does not fit"),
-    "a deep stem": (lambda: timm.create_model("resnet26d"), r"conv1\.0 \(Conv2d\) does not fit"),
-    "anti-aliasing": (lambda: timm.create_model("resnetblur18"), r"\(BlurPool2d\) does not fit"),
-    "another normalisation": (lambda: timm.create_model("resnet50_gn"), r"bn1 \(GroupNorm\) does not fit"),
-    "another activation": (lambda: timm.create_model("resnet18", act_layer="silu"), r"act1 \(SiLU\) does not fit"),
+    "an SE layer": (lambda: theirs("timm", "seresnet18"), r"layer1\.0\.se\.\S+ \(Conv2d\) does not fit"),
+    "a deep stem": (lambda: theirs("timm", "resnet26d"), r"conv1\.0 \(Conv2d\) does not fit"),
+    "anti-aliasing": (lambda: theirs("timm", "resnetblur18"), r"\(BlurPool2d\) does not fit"),
+    "another normalisation": (lambda: theirs("timm", "resnet50_gn"), r"bn1 \(GroupNorm\) does not fit"),
+    "another activation": (lambda: theirs("timm", "resnet18", act_layer="silu"), r"act1 \(SiLU\) does not fit"),
     "dilation": (dilated, r"layer3\.0\.conv2 does not fit: its stride is \(1, 1\) instead of \(2, 2\)"),
     "another epsilon": (other_epsilon, r"bn1 does not fit: its eps is 0.001"),
     "another network": (lambda: torchvision.models.vgg11(), r"features\.0 \(Conv2d\) does not fit"),
@@ -168,7 +163,7 @@ def test_what_is_no_plain_resnet_is_named(what):
 
 
 def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
-    plain = theirs("resnet18", torchvision)
+    plain = theirs("torchvision", "resnet18", num_classes=7)
     torch.save(plain.state_dict(), tmp_path / "file.pth")
     save_file(plain.state_dict(), tmp_path / "file.safetensors")
     own = networks.build_like(networks.our_names(plain.state_dict()), [1.0] * 8)
@@ -207,7 +202,7 @@ def test_torchvisions_weights_are_asked_for_by_name(monkeypatch):
 
     def fetched(self, **options):
         asked.append(self.name)
-        return theirs("resnet18", torchvision).state_dict()
+        return theirs("torchvision", "resnet18", num_classes=7).state_dict()
 
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fetched)
     read_pretrained("torchvision", "resnet50")
