@@ -30,7 +30,8 @@ def flags(seed: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     trainings = [(f"small-matched-depth-s{seed}", flags(seed)) for seed in SEEDS]
-    reproduction.follow([trainings], reproduction.tests, __doc__.split("\n")[0], argv)
+    args = reproduction.make_parser(__doc__.split("\n")[0]).parse_args(argv)
+    reproduction.follow([trainings], reproduction.tests, args)
 
 
 if __name__ == "__main__":

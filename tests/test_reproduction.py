@@ -51,10 +51,11 @@ def test_a_stage_begins_when_the_one_before_is_done_and_only_names_what_was_aske
     done = []
     monkeypatch.setattr(reproduction, "carry_out", lambda name, *rest: done.append(name))
     stages = [[("a-first", ""), ("b-first", "")], [("a-second", "")]]
-    reproduction.follow(stages, reproduction.tests, "", ["--data", "DIR"])
+    parser = reproduction.make_parser("")
+    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR"]))
     assert (sorted(done[:2]), done[2:]) == (["a-first", "b-first"], ["a-second"])
     done.clear()
-    reproduction.follow(stages, reproduction.tests, "", ["--data", "DIR", "--only", "a"])
+    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR", "--only", "a"]))
     assert done == ["a-first", "a-second"]
 
 
