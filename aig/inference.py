@@ -96,9 +96,7 @@ class Rows:
 
     def update(self, x: Tensor, changed: int) -> None:
         """Takes the output of a block, which differs from its input in the first `changed` rows."""
-        self.x = x
-        if changed > self.changed:
-            self.changed = changed
+        self.x, self.changed = x, changed
 
     def pooled_by(self, gate: FoldedGate) -> Tensor:
         """What the gate pools, (N, C). A row that no branch has changed since is not pooled again."""

@@ -119,7 +119,6 @@ def restore(state: State, checkpoint: dict, source: str) -> None:
     if "optimizer" not in checkpoint:  # as in the original's files
         say(f"{source} holds no optimizer state: the momentum starts at zero")
         return
-    wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(momentum_only(checkpoint["optimizer"], optimizer))
         if state.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
@@ -130,8 +129,6 @@ def restore(state: State, checkpoint: dict, source: str) -> None:
             state.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
-    for group, values in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
     fill_momentum(optimizer)
 
 
