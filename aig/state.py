@@ -140,6 +140,9 @@ def enter_epoch(state: State, checkpoint: dict, train: Loader, objective: Object
     """
     if state.epoch != checkpoint["epoch"] or not checkpoint.get("step"):
         return
+    if isinstance(checkpoint.get("sums"), dict) and (missing := set(objective.names) - checkpoint["sums"].keys()):
+        how = f"goes on only with the same ones; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
+        raise InputError(f"{source} stopped in the middle of an epoch without {min(missing)} among its terms: it {how}")
     step, seen, shapes = checkpoint["step"], checkpoint.get("seen"), {"gates": tuple(objective.rates.shape)}
     try:
         sums = {name: checkpoint["sums"][name].detach().clone() for name in ("gates", *objective.names)}

@@ -10,10 +10,10 @@ trained for 15 epochs of 45,000 images at its end: 10 of the teacher, a plain Re
 from scratch. All have the same cosine schedule, Nesterov's momentum and weight decay. This file is the protocol: it is
 committed before its first training.
 
-First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on. Then, each
-at the rate that was best for it: target rates against a budget, with and without distillation, with and without a
-floor; static nets at a comparable cost, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without
-distillation; AIG from scratch.
+First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on; static nets
+at a comparable cost beside, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without distillation. To
+follow, at the rates that were best: target rates against a budget, with and without distillation, with and without a
+floor; AIG from scratch.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SMALLER = SCRATCH.replace("--depth 20", "--depth 14")
 TUNED = f"--depth 20 --epochs 5 --pretrained {TEACHER} {SHARED}"
 GATED = f"{TUNED} --no-gate-decay --lrfact 5"
 DISTILL = f"--distill {TEACHER}"
-RATES = (0.01, 0.02, 0.05)
+LEARNING_RATES = (0.01, 0.02, 0.05)
 
 STAGES = (
     {"teacher": f"{SCRATCH.replace('15', '10')} --target 1", "scratch-plain": f"{SCRATCH} --target 1"},
-    {f"budget-distill-lr{lr}": f"{GATED} --budget 0.6 {DISTILL} --lr {lr}" for lr in RATES}
-    | {f"control-lr{lr}": f"{TUNED} --target 1 --lr {lr}" for lr in RATES}
+    {f"budget-distill-lr{lr}": f"{GATED} --budget 0.6 {DISTILL} --lr {lr}" for lr in LEARNING_RATES}
+    | {f"control-lr{lr}": f"{TUNED} --target 1 --lr {lr}" for lr in LEARNING_RATES}
     | {"smaller": f"{SMALLER} --target 1", "smaller-distill": f"{SMALLER} --target 1 {DISTILL}"},
 )
 

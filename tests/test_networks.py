@@ -71,6 +71,8 @@ def test_a_gated_network_computes_what_the_plain_one_did(library, name):
             fast_logits, fast_gates = fast(images)
     assert [z.tolist() for z in fast_gates] == [z.tolist() for z in gates]
     torch.testing.assert_close(fast_logits, logits, rtol=1e-4, atol=1e-4)
+    executed = aig.count_macs(net, 64).executed(torch.stack(fast_gates, dim=1))
+    assert counter.get_total_flops() == 2 * executed.sum().item()
     with FlopCounterMode(display=False) as counter:
         plain(images)
     assert counter.get_total_flops() == 2 * 2 * aig.count_macs(net, 64).dense
@@ -110,6 +112,12 @@ def test_blocks_at_rate_one_get_no_gate_and_rates_must_fit():
     assert net.target_rates == [1, 0.5, 1, 1, 0.5, 1, 1, 1]
     with pytest.raises(ValueError, match="3 target rates for 8 blocks"):
         aig.gate(torchvision.models.resnet18(num_classes=3), [1, 1, 1])
+
+
+@pytest.mark.parametrize("probability", [0, 1, -0.1, float("nan")])
+def test_a_probability_that_is_none_is_an_error(probability):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        aig.gate(plain_net(), probability=probability)
 
 
 def test_our_own_plain_network_gets_gates_too_and_keeps_its_classes():
@@ -173,7 +181,8 @@ def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
     for source in ("file.pth", "file.safetensors", "run"):
         pretrained = read_pretrained(str(tmp_path / source))
         net = ResNet_ImageNet(BasicBlock, (2, 2, 2, 2), 7)
-        assert "fresh: the 72 tensors of the gates, which are open with probability 0.95" in pretrained.load_into(net)
+        assert pretrained.load_into(net).endswith(
+            ": 122 tensors loaded; 72 gate tensors start fresh, open with probability 0.95")
         images = torch.randn(2, 3, 64, 64)
         net.eval().gate_mode = "all"
         with torch.no_grad():
@@ -181,12 +190,22 @@ def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
         assert bool(pretrained.args) == (source == "run")
 
 
+def test_a_head_of_other_classes_starts_fresh():
+    trained, net = plain_net(), small_net()
+    before = net.linear.weight.clone()
+    pretrained = networks.Pretrained("FILE", trained.state_dict(), {"classes": [*"abcd"]})
+    assert "the head starts fresh, as the file has 4 other classes" in pretrained.load_into(net, [*"abce"])
+    assert torch.equal(net.linear.weight, before)
+    assert "head" not in pretrained.load_into(net, [*"abcd"])
+    assert torch.equal(net.linear.weight, trained.linear.weight)
+
+
 def test_gates_in_the_weights_are_taken_over():
     trained, net = small_net(), small_net()
     for value in trained.state_dict().values():
         value.mul_(2)
-    report = networks.Pretrained("FILE", trained.state_dict()).load_into(net)
-    assert "fresh: the 0 tensors of the gates" in report
+    count = len(trained.state_dict())
+    assert networks.Pretrained("FILE", trained.state_dict()).load_into(net) == f"FILE: {count} tensors loaded"
     assert torch.equal(net.layer1[0].fc2.weight, trained.layer1[0].fc2.weight)
 
 
@@ -236,20 +255,20 @@ def test_of_several_processes_the_first_one_fetches_the_weights(monkeypatch):
 
 def teacher_file(tmp_path, model, **args):
     torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "teacher")
-    return str(tmp_path / "teacher")
+    return read_pretrained(str(tmp_path / "teacher"))
 
 
 def test_a_teacher_gives_its_logits_for_images_normalised_as_its_own_were(tmp_path):
     plain, loader = plain_net(), small_loader(16)
     images, _ = next(loader.batches())
-    same = networks.load_teacher(teacher_file(tmp_path, plain), None, loader, "cpu")
+    same = networks.load_teacher(teacher_file(tmp_path, plain), loader, "cpu")
     with torch.no_grad():
         torch.testing.assert_close(same(images), plain(images)[0], rtol=1e-4, atol=1e-5)
     assert not same(images).requires_grad
 
     mean, std = [0.2, 0.3, 0.4], [0.1, 0.2, 0.3]
     path = teacher_file(tmp_path, plain, mean=mean, std=std, classes=loader.classes)
-    other = networks.load_teacher(path, None, loader, "cpu")
+    other = networks.load_teacher(path, loader, "cpu")
     pixels = images * torch.tensor(PIXELS[1]).view(3, 1, 1) + torch.tensor(PIXELS[0]).view(3, 1, 1)
     seen = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
@@ -259,10 +278,20 @@ def test_a_teacher_gives_its_logits_for_images_normalised_as_its_own_were(tmp_pa
 def test_a_teacher_of_other_classes_is_an_error(tmp_path):
     loader = small_loader(16, classes=3)
     with pytest.raises(InputError, match="knows 4 classes, but the images have 3"):
-        networks.load_teacher(teacher_file(tmp_path, plain_net()), None, loader, "cpu")
+        networks.load_teacher(teacher_file(tmp_path, plain_net()), loader, "cpu")
     images = Batches(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
     with pytest.raises(InputError, match="classes of the teacher"):
-        networks.load_teacher(teacher_file(tmp_path, plain_net(), classes=[*"wxyz"]), None, images, "cpu")
+        networks.load_teacher(teacher_file(tmp_path, plain_net(), classes=[*"wxyz"]), images, "cpu")
+
+
+def test_a_gated_teacher_decides_at_the_threshold_that_it_was_saved_with(tmp_path):
+    gated, loader = small_net().eval(), small_loader(16)
+    images, _ = next(loader.batches())
+    for threshold in (0.2, 0.8):
+        teacher = networks.load_teacher(teacher_file(tmp_path, gated, threshold=threshold), loader, "cpu")
+        gated.threshold = threshold
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(images), gated(images)[0], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- thresholds of a budget
@@ -270,15 +299,18 @@ def test_a_teacher_of_other_classes_is_an_error(tmp_path):
 
 def test_the_thresholds_of_a_budget_are_loaded_with_the_network_they_were_chosen_for(tmp_path):
     for name in (BEST, CHECKPOINT):
-        torch.save({"state_dict": small_net().state_dict()}, tmp_path / name)
-    with pytest.raises(InputError, match=r"no thresholds of model_best\.pth\.tar .*: run --test --budget 0\.7"):
+        torch.save({"state_dict": small_net().state_dict(), "epoch": 4}, tmp_path / name)
+    with pytest.raises(InputError, match=r"no thresholds .* of model_best\.pth\.tar .*: run --test --budget 0\.7"):
         aig.load(tmp_path, budget=0.7)
-    result = {"threshold": [0.2, 0.3, 0.9], "checkpoint": BEST}
+    result = {"threshold": [0.2, 0.3, 0.9], "checkpoint": BEST, "epoch": 3}
     (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": result}))
     assert aig.load(tmp_path, budget=0.7).threshold == [0.2, 0.3, 0.9]
     assert aig.load(tmp_path).threshold == 0.5
-    with pytest.raises(InputError, match="no thresholds of checkpoint"):
+    with pytest.raises(InputError, match="no thresholds for this budget of checkpoint"):
         aig.load(tmp_path / CHECKPOINT, budget=0.7)
+    (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": {**result, "epoch": 2}}))
+    with pytest.raises(InputError, match="as it is now"):  # it has been trained further since
+        aig.load(tmp_path, budget=0.7)
     for threshold in ([0.2, 0.3], "high", [0.1, 0.2, 1.5], None):
         (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": {**result, "threshold": threshold}}))
         with pytest.raises(InputError, match="is unfit"):
