@@ -432,7 +432,8 @@ def prepare(
     """Gives the model its weights, device and gate mode. Raises InputError if these do not fit."""
     device = select_device(args)
     if checkpoint:
-        if args.budget and all(rate == 1 for rate in files.recorded(checkpoint).get("block_rates", [0])):
+        rates = files.recorded(checkpoint).get("block_rates", [0])
+        if args.budget and not args.test and min(rates) == 1:
             raise InputError(f"--budget: {args.resume} has no gates; start a new run with --pretrained {args.resume}")
         files.check_gates(checkpoint, model.target_rates, args.resume)
         files.load_weights(model, checkpoint["state_dict"], args.resume)
