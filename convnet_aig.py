@@ -118,7 +118,7 @@ class FoldedGate:
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
         """Applies what `nn.Module.to` applies to each tensor."""
         for name, value in vars(self).items():
-            setattr(self, name, function(value))
+            setattr(self, name, function(value) if isinstance(value, Tensor) else value)
 
     def pool(self, x: Tensor) -> Tensor:
         """What the gate needs of its input, (N, C, H, W) -> (N, C): the sums over the pixels."""

@@ -41,15 +41,27 @@ class SmallImages:
 
     Attributes:
         images: (N, H, W, 3) uint8.
-        labels: (N,) int64.
+        labels: (N,) int64, from 0 to K - 1.
         classes: the names of the K classes.
         files: the paths of the N images, none where they are not files.
+
+    Raises:
+        ValueError: for images or labels of another shape, type or range.
     """
 
     images: Tensor
     labels: Tensor
     classes: list[str]
     files: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        images, labels = torch.as_tensor(self.images), torch.as_tensor(self.labels)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+            raise ValueError(f"images must be uint8 (N, H, W, 3), not {images.dtype} {tuple(images.shape)}")
+        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be int64 ({len(images)},), not {labels.dtype} {tuple(labels.shape)}")
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(self.classes):
+            raise ValueError(f"labels from {labels.min()} to {labels.max()} for {len(self.classes)} classes")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -571,6 +583,8 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
         raise InputError(f"--split is for --dataset folder: {choice.dataset} has a test set of its own")
     load = partial(source.load, root, split=choice.split) if choice.split else partial(source.load, root)
     evaluated = load(train=False)
+    if tuple(evaluated.images.shape[1:3]) != (source.size, source.size):
+        raise ValueError(f"DATASETS says that {choice.dataset} has images of {source.size} pixels")
     same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
     normalisation = (choice.mean, choice.std) if choice.mean else None
     training, train, held_out = not choice.test or choice.needs_training, None, None

@@ -69,11 +69,11 @@ class Objective:
 
         A teacher needs the images themselves, (n, 3, H, W).
         """
-        classify = F.cross_entropy(logits, y, reduction=reduction)
-        if not self.distillation:
-            return {"loss_classify": classify}
-        distill = self.distillation.term(logits, images, reduction)
-        return {"loss_classify": (1 - self.distillation.weight) * classify, "loss_distill": distill}
+        terms = {"loss_classify": F.cross_entropy(logits, y, reduction=reduction)}
+        if self.distillation:
+            terms["loss_classify"] = (1 - self.distillation.weight) * terms["loss_classify"]
+            terms["loss_distill"] = self.distillation.term(logits, images, reduction)
+        return terms
 
     def of_rates(self, rates: Tensor, warm: float | None = None) -> dict[str, Tensor]:
         """The terms that depend only on the gates' rates (L,) over the whole batch, or the whole set.
@@ -81,11 +81,12 @@ class Objective:
         `warm` is how far the target rates have come from 1 to their values, None for all the way.
         """
         if self.budget:
-            return self.budget.terms(rates, 1 if warm is None else warm)
-        target = self.rates.to(rates.dtype)
-        if warm is not None:
-            target = 1 - warm * (1 - target)
-        return {"loss_target": self.lossfact * target_rate_loss(rates, target)}
+            terms = self.budget.terms(rates, 1 if warm is None else warm)
+        else:
+            target = self.rates.to(rates.dtype)
+            target = target if warm is None else 1 - warm * (1 - target)
+            terms = {"loss_target": self.lossfact * target_rate_loss(rates, target)}
+        return terms
 
     def of_execution(self, rates: Tensor) -> dict[str, Tensor]:
         """What is recorded of branches executed at these rates, (L,)."""

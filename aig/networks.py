@@ -348,6 +348,8 @@ def download(source: str, arch: str | None) -> dict[str, Tensor]:
     name = source.partition(":")[2] or "IMAGENET1K_V1"
     if arch is None:
         raise InputError(f"{source}: torchvision has no weights of networks for small images; give a file")
+    if arch not in torchvision.models.list_models():
+        raise InputError(f"{source}: torchvision has no network called {arch}; give a file")
     weights = torchvision.models.get_model_weights(arch)
     if name not in weights.__members__:
         raise InputError(f"{source}: torchvision has {', '.join(weights.__members__)} of {arch}")

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -77,7 +78,7 @@ def test_evaluation_batches_are_the_images_in_order_normalised(device):
 
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own():
-    source = SmallImages(torch.zeros(200, 8, 8, 3, dtype=torch.uint8), torch.arange(200), [])
+    source = SmallImages(torch.zeros(200, 8, 8, 3, dtype=torch.uint8), torch.arange(200), ["name"] * 200)
     loader = SmallImageLoader(source, 32, UNIT, augment="crop")
     first, second = ([y for _, labels in loader.batches(epoch) for y in labels.tolist()] for epoch in (1, 2))
     assert sorted(first) == sorted(second) == list(range(200))
@@ -127,7 +128,7 @@ def test_digits_are_all_there_split_evenly_over_the_classes():
 
 
 def test_held_out_images_are_disjoint_and_always_the_same():
-    source = SmallImages(torch.zeros(50, 8, 8, 3, dtype=torch.uint8), torch.arange(50), [])
+    source = SmallImages(torch.zeros(50, 8, 8, 3, dtype=torch.uint8), torch.arange(50), ["name"] * 50)
     train, held_out = data.hold_out(source, 10)
     assert sorted([*train.labels.tolist(), *held_out.labels.tolist()]) == list(range(50))
     torch.manual_seed(7)  # of another run
@@ -419,3 +420,25 @@ def test_the_processes_share_each_batch_of_photographs(photographs, augment):
         labels = [labels for _, labels in parts]
         assert torch.equal(torch.cat(labels), batch[1])
         assert torch.equal(torch.cat([images for images, _ in parts if len(images)]), batch[0])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (torch.zeros(2, 3, 8, 8), [0, 1], "images must be uint8"),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), [0, 1], "images must be uint8"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [0.0, 1.0], "labels must be int64"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [0], "labels must be int64"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [1, 2], "labels from 1 to 2 for 2 classes"),
+        (torch.zeros(2, 8, 8, 3, dtype=torch.uint8), [-1, 0], "labels from -1 to 0"),
+    ],
+)
+def test_images_of_another_form_are_an_error(images, labels, message):
+    with pytest.raises(ValueError, match=message):
+        SmallImages(images, torch.tensor(labels), ["a", "b"])
+
+
+def test_images_of_another_size_than_the_data_set_says_are_an_error(monkeypatch):
+    monkeypatch.setitem(DATASETS, "digits", replace(DATASETS["digits"], size=32))
+    with pytest.raises(ValueError, match="says that digits has images of 32 pixels"):
+        data.open_loaders(Choice(dataset="digits"), Batching(64))

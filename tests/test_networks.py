@@ -19,7 +19,8 @@ from aig.networks import read_pretrained
 from convnet_aig import ARCHS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet
 
 QUICK = [("torchvision", "resnet18"), ("torchvision", "resnext50_32x4d"), ("timm", "resnet26")]
-SLOW = [("torchvision", arch) for arch in ARCHS] + [("timm", "resnet34"), ("timm", "wide_resnet50_2")]
+SLOW = [("torchvision", arch) for arch in ARCHS if hasattr(torchvision.models, arch)]
+SLOW += [("timm", "resnet34"), ("timm", "wide_resnet50_2")]
 FAMILY = [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW if each not in QUICK)]
 
 
@@ -230,6 +231,8 @@ def test_torchvisions_weights_are_asked_for_by_name(monkeypatch):
     assert asked == ["IMAGENET1K_V1", "IMAGENET1K_V2"]
     with pytest.raises(InputError, match="torchvision has IMAGENET1K_V1, IMAGENET1K_V2, DEFAULT of resnet50"):
         read_pretrained("torchvision:V9", "resnet50")
+    with pytest.raises(InputError, match="torchvision has no network called resnet26"):
+        read_pretrained("torchvision", "resnet26")
     with pytest.raises(InputError, match="no weights of networks for small images"):
         read_pretrained("torchvision")
 

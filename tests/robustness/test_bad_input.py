@@ -162,7 +162,7 @@ def test_arguments_of_train(refused, arguments):
 
 PHOTO_ARGUMENTS = """
     --workers -1 | --workers 100000 | --image-size 8 | --image-size 100000 | --target-rates 1,2 | --target-rates a,b
-    --target-rates 1.5,1 | --target-rates paper --arch resnet152 | --arch resnet18 | --pretrained missing
+    --target-rates 1.5,1 | --target-rates paper --arch resnet152 | --arch resnet19 | --pretrained missing
     --pretrained run/checkpoint.pth.tar | --pretrained run/args.json | --accumulate 0 | --warmup -1 | --lrdecay 0
     --resume run/checkpoint.pth.tar
 """
