@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -170,6 +171,25 @@ def test_the_origin_of_the_numbers_is_kept(analyzed):
     assert curve["compared"]["plain"]["checkpoint"].endswith(BEST)
     plain = [row for row in read_csv(analyzed / "curve.csv") if row["run"] == "plain"]
     assert [(row["mode"], float(row["threshold"])) for row in plain] == [("argmax", 0.5)]
+
+
+def test_thresholds_of_a_budget_are_a_mark_on_the_curve(run, runs, tmp_path):
+    shutil.copytree(runs / "aig", tmp_path / "aig")
+    command = ["--resume", tmp_path / "aig", "--budget", 0.7, "--only", "curve", "--thresholds", 0.3]
+    command += ["--compare", runs / "plain", "--out", tmp_path / "out"]
+    status, _, err = run(main, *command)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "run --test --budget 0.7 first" in err
+    path = tmp_path / "aig" / "test.json"
+    tests, thresholds = json.loads(path.read_text()), [0.2, 0.4, 0.6, 0.8, 0.5, 0.3]
+    entry = {**tests["argmax"], "checkpoint": BEST, "threshold": thresholds}
+    entry["epoch"] = load_checkpoint(tmp_path / "aig" / BEST)["epoch"] - 1
+    path.write_text(json.dumps({**tests, "argmax@budget=0.7": entry}))
+    assert run(main, *command)[0] == 0
+    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["curve"]["threshold"] == thresholds
+    rows = [(row["run"], row["mode"], row["threshold"]) for row in read_csv(tmp_path / "out" / "curve.csv")]
+    assert rows[:2] == [("aig", "argmax", "0.3"), ("aig", "argmax", "nan")]
+    assert ("plain", "argmax", "0.5") in rows
 
 
 def test_few_images_of_many_classes(run, image_folder, tmp_path):

@@ -100,11 +100,11 @@ class Subject:
 
 def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
     """The network of a checkpoint in the gate mode, at the threshold and on the device of its flags."""
-    model = aig.load(flags.path, flags.budget).to(select_device(flags.device), memory_format=torch.channels_last)
-    model.gate_mode = flags.gate_mode
-    if not flags.budget:
-        model.threshold = flags.threshold
-    return model
+    model = aig.load(flags.path)
+    by_budget = flags.budget and model.num_gates
+    threshold = aig.load(flags.path, flags.budget).threshold if by_budget else flags.threshold
+    model.gate_mode, model.threshold = flags.gate_mode, threshold
+    return model.to(select_device(flags.device), memory_format=torch.channels_last)
 
 
 def open_subject(flags: argparse.Namespace) -> Subject:
