@@ -86,7 +86,8 @@ def test_a_gated_network_computes_what_the_plain_one_did(library, name):
     Objective([0.5] * len(gates), 2)(logits, labels, gates, 2)[0].backward()
     optimizer.step()
     moved = [key for key, value in net.state_dict().items() if not torch.equal(value, before[key])]
-    assert {"conv1.weight", "layer1.0.fc2.weight", "layer4.0.shortcut.0.weight", "linear.weight"} <= set(moved)
+    assert {"conv1.weight", "layer4.0.shortcut.0.weight", "linear.weight"} <= set(moved)
+    assert any(key.endswith("fc2.weight") for key in moved)
 
 
 def structure(net):
