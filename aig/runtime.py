@@ -85,8 +85,9 @@ class OpenVino:
             self.requests.put(compiled.create_infer_request())
 
     def metadata(self) -> dict[str, str]:
-        names = self.model.get_rt_info().get("framework", {})
-        return {name: self.model.get_rt_info(["framework", name]).astype(str) for name in names}
+        places = {name: ["framework", name] for name in METADATA}
+        found = {name: place for name, place in places.items() if self.model.has_rt_info(place)}
+        return {name: self.model.get_rt_info(place).astype(str) for name, place in found.items()}
 
     def run(self, images: np.ndarray) -> Outputs:
         """Images as the file takes them -> logits (N, K), gates (N, L). Several threads may call it."""
@@ -156,7 +157,7 @@ class Session:
         Raises:
             ValueError: if the images do not fit, or are not finite.
         """
-        images = np.asarray(images)
+        images = np.ascontiguousarray(images)
         self.check(images)
         if len(images) == 1 or self.metadata["batch"] == "any":
             return self.whole.run(images)
@@ -178,7 +179,7 @@ class Session:
     @cached_property
     def single(self) -> OnnxRuntime | OpenVino:
         """The engine once more, for several images at the same time, one thread each."""
-        return self.start(self.source, self.streams, self.streams)
+        return self.whole if self.streams == 1 else self.start(self.source, self.streams, self.streams)
 
     @cached_property
     def workers(self) -> ThreadPoolExecutor:
