@@ -83,6 +83,10 @@ class OpenVino:
         self.requests: SimpleQueue[Any] = SimpleQueue()
         for _ in range(streams):
             self.requests.put(compiled.create_infer_request())
+        entry = compiled.input(0)
+        shape = [length.get_length() if length.is_static else 1 for length in entry.partial_shape]
+        # Once alone: its Python binding sets itself up in the first call, and two threads in there wait for each other
+        self.run(np.zeros(shape, entry.element_type.to_dtype()))
 
     def metadata(self) -> dict[str, str]:
         places = {name: ["framework", name] for name in METADATA}
