@@ -1,7 +1,7 @@
 # `make demo` and `make test` set up everything they need in .venv; see README.md
 PYTHON ?= python3
 BIN := .venv/bin
-TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks timm
+TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks timm onnx onnxruntime openvino
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-all lint clean

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,8 @@ def from_pixels(graph: Graph, pixels: str, preprocess: Preprocess) -> str:
     """Pixels (N, H, W, 3) uint8 of any size -> images (N, 3, size, size) as `preprocess` makes them.
 
     Resizing and cropping are products with two matrices of weights, computed from H and W in whole numbers, and rounded
-    as Pillow rounds. So all engines give Pillow's pixels, except for a few that are one grey level off, where the sum
-    lies in the middle of two. `Resize` nodes differ by 14 levels (ONNX Runtime) and more (OpenVINO has no antialiasing).
+    as Pillow rounds. So all engines give Pillow's pixels, except for a few per cent that lie in the middle between two
+    grey levels. A `Resize` node is up to 14 levels off in ONNX Runtime; in OpenVINO it does not antialias.
     """
     normaliser, size = Normaliser(preprocess.mean, preprocess.std), preprocess.size
     old = graph.add("Shape", pixels, start=1, end=3)  # (2,): H, W
@@ -206,17 +206,34 @@ def resizing(graph: Graph, size: int, old: str, new: str, margin: str) -> str:
 # ---------------------------------------------------------------------------------------------- the file
 
 
-def build(model: AdaptiveResNet, size: Sequence[int], batch: int | str, preprocess: Preprocess | None) -> ModelProto:
-    """The graph from "images" (N, 3, H, W), or with `preprocess` "pixels" (N, H, W, 3), to "logits" and "gates".
+@dataclass(frozen=True)
+class Form:
+    """What a file takes.
 
-    logits (N, K) and z (N, L), which is 1 for a block that always runs.
+    Attributes:
+        batch: 1, or "any".
+        size: height and width of the network's images.
+        preprocess: how they are made of pictures, if that is known.
+        uint8: whether the file does that, and takes pixels.
     """
-    folded, graph, count = Accelerated(model), Graph("main"), 1 if batch == 1 else "N"
-    if preprocess is None:
-        x, entry = "images", helper.make_tensor_value_info("images", TensorProto.FLOAT, [count, 3, *size])
-    else:
+
+    batch: int | str
+    size: tuple[int, int]
+    preprocess: Preprocess | None
+    uint8: bool
+
+
+def build(model: AdaptiveResNet, form: Form) -> ModelProto:
+    """The graph from "images" (N, 3, H, W) or "pixels" (N, H, W, 3) to "logits" (N, K) and "gates" (N, L).
+
+    The latter are z, 1 for a block that always runs.
+    """
+    folded, graph, count = Accelerated(model), Graph("main"), 1 if form.batch == 1 else "N"
+    if form.uint8:
         entry = helper.make_tensor_value_info("pixels", TensorProto.UINT8, [count, "height", "width", 3])
-        x = from_pixels(graph, "pixels", preprocess)
+        x = from_pixels(graph, "pixels", form.preprocess)
+    else:
+        x, entry = "images", helper.make_tensor_value_info("images", TensorProto.FLOAT, [count, 3, *form.size])
     true = helper.make_tensor("true", TensorProto.BOOL, [1], [True])
     always_open = graph.add("ConstantOfShape", graph.add("Shape", x, end=1), value=true)  # (N,)
     x = graph.add("Relu", convolution(graph, folded.conv1, x, "conv1"), out="conv1.relu")
@@ -225,28 +242,24 @@ def build(model: AdaptiveResNet, size: Sequence[int], batch: int | str, preproce
         x = graph.add("MaxPool", x, out="maxpool", kernel_shape=kernel, strides=stride, pads=padding * 2)
     places = [name for name, module in model.named_modules() if isinstance(module, GatedBlock)]
     thresholds = iter(check_thresholds(model.threshold, model.num_gates))
-    conditional = one_image if batch == 1 else open_rows
-    pooled, opened = None, []
+    conditional = one_image if form.batch == 1 else open_rows
+    pooled, opened = None, []  # known means of x; by block (N,) bool
     for place, block in zip(places, folded.blocks, strict=True):
         if block.gate is None or model.gate_mode == "all":
             x, pooled = always(graph, block, x, place), None
             opened.append(always_open)
-            continue
-        pooled = pooled or pool(graph, x, f"{place}.gate.pooled")
-        is_open = decide(graph, block.gate, pooled, next(thresholds), place)
-        x, pooled = conditional(graph, block, x, pooled, is_open, place)
-        opened.append(is_open)
+        else:
+            pooled = pooled or pool(graph, x, f"{place}.gate.pooled")
+            opened.append(decide(graph, block.gate, pooled, next(thresholds), place))
+            x, pooled = conditional(graph, block, x, pooled, opened[-1], place)
     pooled = pooled or pool(graph, x, "pooled")
     graph.add("Gemm", pooled, folded.linear.weight, folded.linear.bias, out="logits", transB=1)
     z = graph.add("Cast", graph.add("Concat", *opened, axis=0), to=TensorProto.FLOAT)  # (L * N,)
     graph.add("Transpose", graph.add("Reshape", z, [len(opened), -1]), out="gates", perm=[1, 0])
-    exits = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, [count, width])
-        for name, width in (("logits", folded.linear.out_features), ("gates", len(opened)))
-    ]
+    widths = {"logits": folded.linear.out_features, "gates": len(opened)}
+    exits = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [count, width]) for name, width in widths.items()]
     main = helper.make_graph(graph.nodes, PROGRAM, [entry], exits, graph.constants)
-    opset = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(main, opset_imports=opset, ir_version=IR, producer_name=PROGRAM)
+    return helper.make_model(main, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR, producer_name=PROGRAM)
 
 
 def export_onnx(
@@ -271,76 +284,78 @@ def export_onnx(
     """
     for package in ("onnx", "onnxruntime"):
         require(package)
-    path = Path(path)
+    path, form = Path(path), form_of(model, batch, size, uint8)
     if path.is_dir() or not path.parent.is_dir():
         raise ValueError(f"cannot write {path}: " + ("it is a folder" if path.is_dir() else f"no folder {path.parent}"))
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already: overwrite it, or choose another name")
-    if batch not in (1, "any"):
-        raise ValueError(f'batch {batch!r}: must be 1 or "any"')
-    if model.gate_mode not in ("argmax", "all"):
-        raise ValueError(f"gate mode {model.gate_mode!r} cannot be exported, only 'argmax' (and 'all', the dense net)")
-    preprocess, size = input_of(model, size)
-    if uint8 and preprocess is None:
-        raise ValueError("uint8 needs a network with `preprocess`, as aig.load gives it, and square images")
-    how, said = preprocess if uint8 else None, properties(model, size, batch, preprocess, uint8=uint8, licence=licence)
+    said = {name: json.dumps(value) for name, value in properties(model, form, licence).items()}
     network = copy.deepcopy(model).cpu().float().eval()
 
     def file() -> bytes:
-        proto = build(network, size, batch, how)
-        helper.set_model_props(proto, {name: json.dumps(value) for name, value in said.items()})
+        proto = build(network, form)
+        helper.set_model_props(proto, said)
         content = proto.SerializeToString()
         checker.check_model(content)
         return content
 
-    content = checked(network, file, partial(draw, size, how, torch.Generator().manual_seed(0)))
+    content = checked(network, file, partial(draw, form, torch.Generator().manual_seed(0)))
     with atomic_write(path) as target:
         target.write(content)
 
 
-def input_of(model: AdaptiveResNet, size: int | Sequence[int] | None) -> tuple[Preprocess | None, tuple[int, int]]:
-    """How to make an input of an image, as far as that is known, and its height and width. Raises ValueError."""
+def form_of(model: AdaptiveResNet, batch: int | str, size: int | Sequence[int] | None, uint8: bool) -> Form:
+    """What the arguments of `export_onnx` ask for. Raises ValueError if there can be no such file of this model."""
     preprocess = getattr(model, "preprocess", None)
     if size is None:
         size = preprocess.size if preprocess else 224 if isinstance(model, ResNet_ImageNet) else 32
     height, width = size = (size, size) if isinstance(size, int) else tuple(size)
     if min(size) < 1:
         raise ValueError(f"size {height} x {width}: must be at least 1 pixel")
-    square = preprocess is not None and height == width
-    return replace(preprocess, size=height) if square else None, size
+    if batch not in (1, "any"):
+        raise ValueError(f'batch {batch!r}: must be 1 or "any"')
+    if model.gate_mode not in ("argmax", "all"):
+        raise ValueError(f"gate mode {model.gate_mode!r} cannot be exported, only 'argmax' (and 'all', the dense net)")
+    preprocess = replace(preprocess, size=height) if preprocess and height == width else None
+    if uint8 and preprocess is None:
+        raise ValueError("uint8 needs a network with `preprocess`, as aig.load gives it, and square images")
+    return Form(batch, size, preprocess, uint8)
 
 
-def properties(
-    model: AdaptiveResNet, size: Sequence[int], batch: int | str, preprocess: Preprocess | None, **more: Any
-) -> dict[str, Any]:
-    """What the file says of the network."""
-    cost = count_macs(model, size)
-    how = {"size": preprocess.size, "short_side": preprocess.short_side, "mean": list(preprocess.mean),
-           "std": list(preprocess.std)} if preprocess else None
-    classes = getattr(model, "classes", None) or [str(index) for index in range(model.linear.out_features)]
+def properties(model: AdaptiveResNet, form: Form, licence: str) -> dict[str, Any]:
+    """What the file says of the network, by the names in `runtime.METADATA`."""
+    cost, how = count_macs(model, form.size), form.preprocess
     return {
-        "program": f"{PROGRAM} {aig.__version__}", "batch": batch, "image_size": list(size), "classes": classes,
-        "gate_mode": model.gate_mode, "threshold": check_thresholds(model.threshold, model.num_gates),
-        "gated": [block.gated for block in model.blocks()], "macs": {"dense": cost.dense, **asdict(cost)},
-        "preprocess": how, **more,
+        "program": f"{PROGRAM} {aig.__version__}",
+        "batch": form.batch,
+        "uint8": form.uint8,
+        "image_size": form.size,
+        "preprocess": how and {"short_side": how.short_side, "size": how.size, "mean": how.mean, "std": how.std},
+        "classes": getattr(model, "classes", None) or [str(index) for index in range(model.linear.out_features)],
+        "macs": {"dense": cost.dense, **asdict(cost)},
+        "gated": [block.gated for block in model.blocks()],
+        "gate_mode": model.gate_mode,
+        "threshold": check_thresholds(model.threshold, model.num_gates),
+        "licence": licence,
     }
 
 
 # ---------------------------------------------------------------------------------------------- the check
 
+Draw = Callable[[], tuple[np.ndarray, Tensor]]  # random images, as the file takes them and as the network does
 
-def draw(size: Sequence[int], preprocess: Preprocess | None, random: torch.Generator) -> tuple[np.ndarray, Tensor]:
-    """Random images, as the file takes them and as the network takes them."""
-    if preprocess is None:
-        images = torch.randn(CHECKED, 3, *size, generator=random)
+
+def draw(form: Form, random: torch.Generator) -> tuple[np.ndarray, Tensor]:
+    if not form.uint8:
+        images = torch.randn(CHECKED, 3, *form.size, generator=random)
         return images.numpy(), images
-    height, width = preprocess.short_side, preprocess.short_side + 5  # resized, a pixel may differ by 1
-    pixels = torch.randint(256, (CHECKED, height, width, 3), dtype=torch.uint8, generator=random).numpy()
-    return pixels, torch.stack([preprocess(Image.fromarray(picture)) for picture in pixels])
+    side = form.preprocess.short_side  # not to be resized, where a pixel may differ by a level
+    pixels = torch.randint(256, (CHECKED, side, side + 5, 3), dtype=torch.uint8, generator=random).numpy()
+    return pixels, torch.stack([form.preprocess(Image.fromarray(picture)) for picture in pixels])
 
 
-def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Callable[[], tuple[np.ndarray, Tensor]]) -> bytes:
-    """The bytes of `file()`, which builds it of the model as it is, after ONNX Runtime has computed what the model does.
+def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Draw) -> bytes:
+    """The bytes of `file()`, which builds it of the model as it is, once ONNX Runtime has computed what the model does.
 
     With its own thresholds, and with some at which all gates are open, none is, and each is for about half the images.
 
@@ -349,7 +364,7 @@ def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Callable[[],
     """
     usual, trials = model.threshold, []
     if model.num_gates and model.gate_mode == "argmax":
-        middle = decisions(model, draw()[1])[2].median(0).values + 100 * CLOSE  # (G,); aside from gates that are constant
+        middle = decisions(model, draw()[1])[2].median(0).values + 100 * CLOSE  # (G,); some gates are constant
         odds = (torch.full_like(middle, -EXTREME), torch.full_like(middle, EXTREME), middle)
         trials = [torch.sigmoid(each.double()).tolist() for each in odds]
     for threshold in [*trials, usual]:
@@ -370,9 +385,7 @@ def decisions(model: AdaptiveResNet, images: Tensor) -> tuple[Tensor, Tensor, Te
     return logits, torch.stack(gates, 1), torch.stack(scores, 1) if scores else logits.new_empty(len(images), 0)
 
 
-def clear_images(
-    model: AdaptiveResNet, draw: Callable[[], tuple[np.ndarray, Tensor]]
-) -> tuple[np.ndarray, Tensor, Tensor]:
+def clear_images(model: AdaptiveResNet, draw: Draw) -> tuple[np.ndarray, Tensor, Tensor]:
     """Images as the file takes them, about which no gate is undecided, with the logits and z that the model has."""
     found = []
     for _ in range(ATTEMPTS):

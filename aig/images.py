@@ -52,7 +52,7 @@ def photo_transform(size: int, train: bool) -> Callable[[Image.Image], Tensor]:
 
 
 def photo_side(size: int) -> int:
-    """The length in pixels to which the short side of a photograph is resized before its centre is cropped to `size`."""
+    """Pixels of the short side of a photograph, as it is resized before its centre is cropped to `size`."""
     return round(size * 256 / 224)
 
 

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 EXTRA = 'pip install "convnet-aig[export]"'
 PROGRAM = "convnet-aig"  # the producer that a file of ours names
-METADATA = ("program", "batch", "uint8", "image_size", "preprocess", "classes", "macs", "gated", "gate_mode", "threshold",
-            "licence")  # of a file, each in JSON
+METADATA = (  # of a file, each in JSON
+    "program", "batch", "uint8", "image_size", "preprocess", "classes", "macs", "gated", "gate_mode", "threshold",
+    "licence",
+)
 BILINEAR = 2  # Pillow's number for it
 Outputs = tuple[np.ndarray, np.ndarray]
 
