@@ -1,31 +1,33 @@
-# `make demo` and `make test` set up everything they need in .venv; see README.md
+# `make demo` and `make test` set up everything they need in .venv; see README.md.
+# Another Python: make test PYTHON=python3.13 VENV=.cache/python3.13
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks timm onnx onnxruntime openvino
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-all lint clean
 
-.venv/installed: requirements.txt Makefile
-	$(PYTHON) -m venv .venv
+$(VENV)/installed: requirements.txt Makefile
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip "setuptools>=70.1,<81" wheel
 	$(BIN)/pip install --quiet --no-build-isolation -r requirements.txt $(TOOLS)
 	touch $@
 
-demo: .venv/installed
+demo: $(VENV)/installed
 	$(BIN)/python train.py --dataset digits --depth 20 --batch-size 64 --epochs 60 --target 0.7 --expname demo --overwrite
 	$(BIN)/python train.py --test --resume runs/demo --gate-mode sample
 	$(BIN)/python train.py --test --resume runs/demo
 
-test: .venv/installed
+test: $(VENV)/installed
 	$(PYTEST) -m "not slow"
 
-test-all: .venv/installed
+test-all: $(VENV)/installed
 	$(PYTEST)
 
-lint: .venv/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	PYTHONPATH=. $(BIN)/lint-imports
 
 clean:
-	rm -rf .venv
+	rm -rf $(VENV)

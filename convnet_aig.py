@@ -269,7 +269,7 @@ def check_gate_mode(mode: str) -> str:
 
 def check_thresholds(threshold: float | Sequence[float], num_gates: int) -> list[float]:
     """The threshold of each gate, of one for all or one each. Raises ValueError unless they lie in (0, 1)."""
-    thresholds = list(threshold) if isinstance(threshold, Sequence) else [threshold] * num_gates
+    thresholds = [threshold] * num_gates if isinstance(threshold, (int, float)) else [float(each) for each in threshold]
     if len(thresholds) != num_gates or not all(0 < value < 1 for value in thresholds):
         raise ValueError(f"threshold {threshold}: must be a number in (0, 1), or one for each of {num_gates} gates")
     return thresholds

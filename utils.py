@@ -14,10 +14,11 @@ from torch import nn
 
 from aig import checkpoint as files
 from aig import dashboard, distributed, environment, evaluation, networks, runs
-from aig.budget import calibrate, make_budget
+from aig.budget import find_thresholds, make_budget
 from aig.console import InputError, Parser, experiment_name, number, say
 from aig.data import Batching, Choice, Loaders, open_loaders
 from aig.engine import AMP, Recipe, fit, make_optimizer
+from aig.losses import Objective
 from aig.networks import Pretrained
 from aig.state import State, enter_epoch, restore
 from aig.terms import Distillation
@@ -29,7 +30,7 @@ PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after",
 PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "workers")
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
 IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
-BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # found by a pilot, see docs/training.md
+BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # provisional: benchmarks/pilot.py is to confirm them
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
 
@@ -96,20 +97,24 @@ def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
     newer.add_argument("--lr-schedule", default="step", choices=("step", "cosine"),
                        help="divide lr by 10 at the milestones, or let it fall to 0 along a cosine")
     newer.add_argument("--nesterov", action=switch, default=False, help="Nesterov's momentum")
-    newer.add_argument("--gate-decay", action=switch, default=True, help="weight decay of the gates, too")
+    newer.add_argument("--gate-decay", action=switch, default=True, help="apply weight decay to the gates, too")
     newer.add_argument("--pretrained", default="", metavar="FILE",
                        help="start from these weights: a run of ours, a .pth or .safetensors file of torchvision or "
                        f"timm, torchvision[:NAME]; --lr is then {FINE_TUNING_LR:g} by default")
     newer.add_argument("--budget", type=part, metavar="B",
                        help="one target for the whole net instead of --target: this part of the dense net's "
                        "multiply-accumulates; with --test: choose thresholds for it")
-    newer.add_argument("--budget-weight", type=above0, default=BUDGET_WEIGHT, metavar="W", help="weight of its loss")
+    newer.add_argument("--budget-weight", type=above0, default=BUDGET_WEIGHT, metavar="W",
+                       help="weight of its loss and of the floor's")
     newer.add_argument("--budget-floor", action=switch, default=True,
-                       help="let no gate's rate fall below a floor, which comes down in --target-warmup epochs")
-    newer.add_argument("--distill", default="", metavar="FILE", help="learn from this network, too; as --pretrained")
+                       help="penalise gates that open more rarely than a floor, "
+                       "which comes down in --target-warmup epochs")
+    newer.add_argument("--distill", default="", metavar="FILE",
+                       help="a trained network that teaches this one; named as for --pretrained")
     newer.add_argument("--distill-weight", type=part, default=0.5, metavar="W",
                        help="of the teacher; the labels weigh 1 - W")
-    newer.add_argument("--distill-temperature", type=above0, default=4, metavar="T", help="of both softmaxes")
+    newer.add_argument("--distill-temperature", type=above0, default=4, metavar="T",
+                       help="softens the outputs of teacher and student")
 
 
 def probabilities(text: str) -> float | list[float]:
@@ -155,18 +160,19 @@ def parse(
         InputError: on a bad command line or checkpoint.
     """
     args, given = parser.parse_args(argv), parser.given(argv)
-    check_flags(args, given)
     if args.resume == AUTO:
         find_resumable(args, given)
     if args.resume:
         names = (runs.BEST, runs.CHECKPOINT) if args.test else (runs.CHECKPOINT,)
         args.resume = given["resume"] = str(files.checkpoint_in(args.resume, *names))
     if not args.resume:
+        check_flags(args, given)
         if args.test:
             raise InputError("--test needs the run to evaluate: --resume runs/NAME")
         runs.check_vacant(new_folder(args), args.overwrite)
         if args.start_epoch > args.epochs:
             raise InputError(f"--start-epoch {args.start_epoch} comes after the last of {args.epochs} epochs")
+        check_sources(args)
         if args.pretrained and "lr" not in given:
             args.lr = FINE_TUNING_LR
         return settle(args), None
@@ -174,7 +180,7 @@ def parse(
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
         args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
-        check_flags(args, given)  # once more, with what the checkpoint records
+    check_flags(args, given)
     if not args.test:
         args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))
         if "start_epoch" in given:
@@ -185,11 +191,24 @@ def parse(
 
 def settle(args: argparse.Namespace) -> argparse.Namespace:
     """Gives flags their values where these depend on others."""
-    if args.budget and not args.test:
-        args.target, args.lossfact = args.budget, 0  # the former only says which blocks have gates
-    if args.target_warmup is None:
-        args.target_warmup = args.epochs / 3 if args.budget and args.budget_floor else 0
+    if args.budget and args.test:
+        args.gate_mode = "argmax"
+    elif args.budget:
+        args.target, args.lossfact = args.budget, 0  # below 1, a target here only means: this block has a gate
+    if args.budget and not args.budget_floor:
+        args.target_warmup = 0
+    elif args.target_warmup is None:
+        args.target_warmup = args.epochs / 3 if args.budget else 0
     return args
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Raises InputError if a new run would replace the network that it starts or learns from."""
+    folder = new_folder(args).resolve()
+    for name in ("pretrained", "distill"):
+        source = vars(args)[name]
+        if source and folder in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise InputError(f"--{name} {source} is in the folder of the new run: choose another --expname")
 
 
 def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
@@ -214,9 +233,9 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
             raise InputError(f"--{name.replace('_', '-')} does nothing without --{flag}")
     if args.test and (training := [name for name in ("distill", "pretrained") if given.get(name)]):
         raise InputError(f"--{training[0]} is for training: leave it out with --test")
-    if args.test and args.budget and (args.gate_mode != "argmax" or "threshold" in given or args.reestimate_bn):
-        raise InputError("--test --budget chooses the thresholds of --gate-mode argmax: use it without other modes, "
-                         "--threshold and --reestimate-bn")
+    other = given.get("gate_mode", "argmax") != "argmax" or "threshold" in given or args.reestimate_bn
+    if args.test and args.budget and other:
+        raise InputError("--test --budget needs no --gate-mode, --threshold or --reestimate-bn: leave them out")
     if args.nesterov and not args.momentum:
         raise InputError("--nesterov needs a --momentum above 0")
     where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in given]
@@ -269,6 +288,10 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
             f"--epochs {args.epochs}: the cosine of {args.resume} ends after {own.get('epochs')} epochs, and another "
             f"would jump; start a new run from its weights, with --pretrained"
         )
+    for name, usual in (("gate_decay", True), ("lr_schedule", "step")):
+        if own and own.get(name, usual) != vars(args)[name]:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"{flag} is decided when a run begins: start a new one with --pretrained {args.resume}")
     if given.get("pretrained"):
         raise InputError("--pretrained starts a new run: it does not go with --resume")
     folder = run_folder(args, checkpoint)
@@ -315,7 +338,17 @@ def open_pretrained(args: argparse.Namespace, checkpoint: dict | None) -> Pretra
     """The weights that a new run starts from."""
     if checkpoint or not args.pretrained:
         return None
-    return networks.read_pretrained(args.pretrained, vars(args).get("arch"))
+    pretrained = networks.read_pretrained(args.pretrained, vars(args).get("arch"))
+    say_if_not_held_out(args, pretrained)
+    return pretrained
+
+
+def say_if_not_held_out(args: argparse.Namespace, network: Pretrained) -> None:
+    """Says if a network may have been trained on images that this run validates on."""
+    for name in ("split", "val_size"):
+        if name in network.args and network.args[name] != vars(args).get(name):
+            flag = f"--{name.replace('_', '-')}"
+            say(f"warning: {network.source} had another {flag}: it may have been trained on images validated on here")
 
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None, pretrained: Pretrained | None = None) -> Loaders:
@@ -346,7 +379,9 @@ def make_recipe(
             raise InputError(f"--budget: {error}") from error
     if args.distill:
         check_teacher(args, checkpoint)
-        teacher = networks.load_teacher(args.distill, vars(args).get("arch"), loaders.val, select_device(args))
+        taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
+        say_if_not_held_out(args, taught)
+        teacher = networks.load_teacher(taught, loaders.val, select_device(args))
         derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature)
     return Recipe(**{**named_in(args, Recipe), **derived})
 
@@ -380,7 +415,7 @@ def run(
     pretrained: Pretrained | None = None,
 ) -> None:
     """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
-    prepare(args, checkpoint, model, pretrained)
+    prepare(args, checkpoint, model, pretrained, loaders.val.classes)
     if args.test:
         run_test(args, checkpoint, loaders, model, recipe)
     else:
@@ -388,15 +423,22 @@ def run(
 
 
 def prepare(
-    args: argparse.Namespace, checkpoint: dict | None, model: AdaptiveResNet, pretrained: Pretrained | None = None
+    args: argparse.Namespace,
+    checkpoint: dict | None,
+    model: AdaptiveResNet,
+    pretrained: Pretrained | None = None,
+    classes: Sequence[str] = (),
 ) -> None:
     """Gives the model its weights, device and gate mode. Raises InputError if these do not fit."""
     device = select_device(args)
     if checkpoint:
+        rates = files.recorded(checkpoint).get("block_rates", [0])
+        if args.budget and not args.test and min(rates) == 1:
+            raise InputError(f"--budget: {args.resume} has no gates; start a new run with --pretrained {args.resume}")
         files.check_gates(checkpoint, model.target_rates, args.resume)
         files.load_weights(model, checkpoint["state_dict"], args.resume)
     elif pretrained:
-        say(pretrained.load_into(model))
+        say(pretrained.load_into(model, classes))
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.deterministic:
         environment.make_deterministic()
@@ -424,7 +466,7 @@ def run_test(
             raise InputError("--reestimate-bn: use one process")
         evaluation.reestimate_batchnorm(model, loaders.train, environment.derive_seed(args.seed, "BatchNorm"))
     if args.budget:
-        set_thresholds(args, loaders, model)
+        set_thresholds(args, checkpoint, loaders, model)
     objective = recipe.objective(next(model.parameters()).device, distributed.world())
     how = {"samples": args.gate_samples, "seed": args.seed, "dense": args.dense}
     result = evaluation.measure(model, loaders.val, objective, **how)
@@ -432,7 +474,7 @@ def run_test(
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
     result |= {"checkpoint": Path(args.resume).name, "image_size": list(loaders.val.size), "data": args.data}
-    say(evaluation.describe(result, args.gate_mode, target_rates))
+    say(evaluation.describe(result, args.gate_mode, target_rates, args.budget))
     if args.test_size:
         say(f"not written to {path}, which is about all images")
         return
@@ -441,18 +483,19 @@ def run_test(
     say(f"written to {path}, as {result_key(args)}")
 
 
-def set_thresholds(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResNet) -> None:
+def set_thresholds(args: argparse.Namespace, checkpoint: dict, loaders: Loaders, model: AdaptiveResNet) -> None:
     """Sets the thresholds at which the model keeps to the budget on training images. Raises InputError."""
     if distributed.world().size > 1:
         raise InputError("--test --budget: use one process")
     images = loaders.calibration
     try:
-        model.threshold = calibrate(model, images, args.budget)
+        model.threshold, executed = find_thresholds(model, images, args.budget)
     except ValueError as error:
         raise InputError(f"--budget: {error}") from error
     kind = "a threshold for each gate" if isinstance(model.threshold, list) else f"threshold {model.threshold:.4f}"
-    which = "held-out training images" if args.val_size else "training images"
-    say(f"{kind}, chosen for the budget {args.budget:g} on {images.num_images:,} {which}")
+    held_out = vars(args).get("val_size") and args.val_size == files.recorded(checkpoint).get("val_size")
+    which = f"{images.num_images:,} {'held-out ' if held_out else ''}training images"
+    say(f"{kind}, chosen for the budget {args.budget:g} on {which}, which execute {executed:.3f}")
 
 
 def run_training(
@@ -491,11 +534,23 @@ def run_training(
         if args.visdom and world.is_main:
             board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
         say(opening_line(folder, loaders, model, args.start_epoch, recipe.last))
+        if recipe.fine_tunes and not checkpoint:
+            say(before_training(loaders, model, recipe))
         fit(state, train, loaders.val, recipe, run, board)
-        say(f"best top-1 {state.best:.2f} %: {folder / runs.BEST}")
+        best = f"best top-1 {state.best:.2f} %" if state.best >= 0 else "target rates are still coming down, the newest"
+        say(f"{best}: {folder / runs.BEST}")
         if recipe.last < recipe.epochs:
             go_on = f"continue with --resume {folder / runs.CHECKPOINT}"
             say(f"stopped after epoch {recipe.last} of {recipe.epochs}; {go_on}")
+
+
+def before_training(loaders: Loaders, model: AdaptiveResNet, recipe: Recipe) -> str:
+    """What the loaded network gives with every gate open, in one line."""
+    mode, model.gate_mode = model.gate_mode, "all"
+    objective = Objective(recipe.target_rates, 0, recipe.topk, next(model.parameters()).device, distributed.world())
+    top1 = evaluation.evaluate(model, loaders.val, objective, seed=0)["top1"]
+    model.gate_mode = mode
+    return f"before training, with every gate open: top1 {top1:.2f} % of the validation images"
 
 
 def check_training(args: argparse.Namespace, model: AdaptiveResNet, loaders: Loaders) -> None:

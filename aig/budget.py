@@ -23,10 +23,10 @@ from aig.losses import sum_dtype
 from aig.terms import Budget
 from convnet_aig import AdaptiveResNet, check_thresholds
 
-PASSES, CLOSE = 8, 0.001  # at most so many over the images, until the budget is met so closely
-TOLERATED = 0.05  # a larger distance from the budget is an error; few images may leave a smaller one
+PASSES, CLOSE = 8, 0.001  # at most 8 passes over the images; stop once within 0.001 of the budget
+TOLERATED = 0.05  # farther from the budget is an error; with few images a smaller distance can remain
 Batches = Loader | DataLoader
-EXTREME = 30.0  # log-odds beyond which no gate's threshold is set: P(open) must differ from 1 in float64
+EXTREME = 30.0  # thresholds stay within these log-odds: beyond, P(open) rounds to 1 in float64
 
 
 def make_budget(
@@ -34,7 +34,7 @@ def make_budget(
 ) -> Budget:
     """The budget of a training with images of `size` (H, W).
 
-    With `floor`, no gate is to open for fewer than half as many images as if all gates had to save alike.
+    Let r be the rate at which all gates, opening equally often, meet the budget. With `floor`, the floor is r / 2.
 
     Raises:
         ValueError: if the network cannot run on so little.
@@ -64,13 +64,13 @@ class Trial(NamedTuple):
     """What a network does at certain thresholds.
 
     Attributes:
-        odds: thresholds of the gates, as log-odds, (G,).
+        log_odds: thresholds of the gates, (G,).
         scores: the gates' log-odds for each image, (N, G).
         loss: cross entropy.
         executed: multiply-accumulates, as a part of the dense network's.
     """
 
-    odds: Tensor
+    log_odds: Tensor
     scores: Tensor
     loss: float
     executed: float
@@ -79,37 +79,46 @@ class Trial(NamedTuple):
 def calibrate(model: AdaptiveResNet, loader: Batches, budget: float) -> float | list[float]:
     """The thresholds at which mode "argmax" executes `budget`: one for all gates, or one for each.
 
-    One for each are such that a gate opens as often as it would when sampled, with log-odds that are all shifted by the
-    same amount. Of both ways the one with the lower loss is taken. What a gate sees depends on what others before it
+    With one for each, all log-odds are shifted by one amount, and each gate opens as often as samples of its shifted
+    log-odds would. Of both ways the one with the lower loss is taken. What a gate sees depends on what others before it
     decided, so thresholds are chosen from scores, tried, and chosen again, until they meet the budget.
 
     Args:
-        model: stays as it is, in eval mode.
+        model: its modes and threshold are restored.
         loader: batches of images (n, 3, H, W) and labels (n,), a DataLoader for instance, which is gone through several
             times. To choose on: not those of training, if possible, and never those of the test.
         budget: a part of the dense network's multiply-accumulates.
 
     Raises:
-        ValueError: if thresholds cannot meet the budget.
+        ValueError: if there are no images, or no thresholds within 0.05 of the budget.
     """
-    cost = count_macs(model, next(iter(batches(loader)))[0].shape[2:])
+    return find_thresholds(model, loader, budget)[0]
+
+
+def find_thresholds(model: AdaptiveResNet, loader: Batches, budget: float) -> tuple[float | list[float], float]:
+    """What `calibrate` returns, and what the images execute with these thresholds."""
+    first = next(iter(batches(loader)), None)
+    if first is None:
+        raise ValueError("there are no images to choose thresholds on")
+    cost = count_macs(model, first[0].shape[2:])
     least, most = reach(model, cost)
     if not least < budget < most:
         raise ValueError(f"{budget:g} is out of reach: from {least:.3f} to {most:.3f} of the dense net are executed")
-    usual = model.gate_mode, model.threshold
+    usual = model.gate_mode, model.threshold, model.training
     model.gate_mode = "argmax"
     try:
-        first = attempt(model.eval(), loader, cost, torch.zeros(model.num_gates))
-        found = [search(model, loader, cost, budget, first, rule) for rule in (same_threshold, rates_as_sampled)]
+        half = attempt(model.eval(), loader, cost, torch.zeros(model.num_gates))
+        found = [search(model, loader, cost, budget, half, rule) for rule in (same_threshold, rates_as_sampled)]
     finally:
-        model.gate_mode, model.threshold = usual
+        model.gate_mode, model.threshold, training = usual
+        model.train(training)
     nearest = min(found, key=lambda trial: abs(trial.executed - budget)).executed
     if abs(nearest - budget) > TOLERATED:
         raise ValueError(f"no thresholds execute {budget:g}, the nearest ones {nearest:.3f}")
     met = [trial for trial in found if abs(trial.executed - budget) <= max(10 * CLOSE, abs(nearest - budget))]
     best = min(met, key=lambda trial: trial.loss)
-    thresholds = torch.sigmoid(best.odds.double()).tolist()
-    return thresholds[0] if best is found[0] else check_thresholds(thresholds, model.num_gates)
+    thresholds = torch.sigmoid(best.log_odds.cpu().double()).tolist()
+    return thresholds[0] if best is found[0] else check_thresholds(thresholds, model.num_gates), best.executed
 
 
 def search(
@@ -120,11 +129,11 @@ def search(
     trial: Trial,
     rule: Callable[[Tensor, float], Tensor],
 ) -> Trial:
-    """The trial that comes closest to the budget, of thresholds by the rule (scores (N, G), shift) -> (G,)."""
+    """The trial nearest to the budget, of thresholds by the rule (scores (N, G), shift) -> (G,)."""
     trials = [trial]
     for _ in range(PASSES):
-        odds = bisect(rule, trials[-1].scores, model, cost, budget)
-        trials.append(attempt(model, loader, cost, odds))
+        thresholds = bisect(rule, trials[-1].scores, model, cost, budget)
+        trials.append(attempt(model, loader, cost, thresholds))
         if abs(trials[-1].executed - budget) < CLOSE:
             break
     return min(trials[1:], key=lambda tried: abs(tried.executed - budget))
@@ -168,10 +177,10 @@ def executed(opened: Tensor, model: AdaptiveResNet, cost: Macs) -> float:
 
 
 @torch.inference_mode()
-def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, odds: Tensor) -> Trial:
-    """Runs the network at these thresholds, as log-odds (G,)."""
+def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, log_odds: Tensor) -> Trial:
+    """Runs the network at these thresholds, log-odds (G,)."""
     device = next(model.parameters()).device
-    model.threshold = torch.sigmoid(odds.double()).tolist()
+    model.threshold = torch.sigmoid(log_odds.cpu().double()).tolist()
     losses, opened, found = [], [], []
     with recorded_scores(model) as scores:
         for images, labels in progress_bar(batches(loader), "calibrating", len(loader), "batch"):
@@ -181,7 +190,7 @@ def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, odds: Tensor) ->
             opened.append(torch.stack(gated, dim=1))
             found.append(torch.stack(scores, dim=1))  # (n, G)
             scores.clear()
-    return Trial(odds, torch.cat(found), torch.cat(losses).mean().item(), executed(torch.cat(opened), model, cost))
+    return Trial(log_odds, torch.cat(found), torch.cat(losses).mean().item(), executed(torch.cat(opened), model, cost))
 
 
 def batches(loader: Batches) -> Iterable[tuple[Tensor, Tensor]]:
@@ -202,10 +211,13 @@ def recorded_scores(model: AdaptiveResNet) -> Iterator[list[Tensor]]:
         return record
 
     gated = [block for block in model.blocks() if block.gated]
+    wrapped = [vars(block).get("gate_logits") for block in gated]  # by somebody else
     for block in gated:
         block.gate_logits = recording(block.gate_logits)
     try:
         yield scores
     finally:
-        for block in gated:
+        for block, before in zip(gated, wrapped, strict=True):
             del block.gate_logits
+            if before is not None:
+                block.gate_logits = before

@@ -230,14 +230,17 @@ def mean_of(results: list[Any]) -> Any:
 # ---------------------------------------------------------------------------------------------- the table
 
 
-def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float] | None) -> str:
+def describe(
+    result: dict[str, Any], mode: str, target_rates: Sequence[float] | None, budget: float | None = None
+) -> str:
     """The table that --test prints. A network trained to a budget has no target rates."""
     spread = {
         name: f" ± {value:.{2 if is_accuracy(name) else 4}f}"
         for name in result
         if (value := result.get(f"{name}_std")) is not None
     }
-    terms = [f"{value:.4f} {name.removeprefix('loss_')}" for name, value in result.items() if is_term(name)]
+    terms = [f"{value:.4f} {name.removeprefix('loss_')}" for name, value in result.items() if is_term(name)
+             and (target_rates or name != "loss_target")]
     how = ", closed branches skipped" if result["skipping"] else ", closed branches computed and masked"
     how = ", which runs every branch" if mode in RUNS_EVERYTHING else how
     many = isinstance(result["threshold"], list)
@@ -251,7 +254,7 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float] | 
         f"  loss           {result['loss']:9.4f}{spread.get('loss', '')}"
         f"  ({' + '.join(terms)})",
         f"  execution rate {result['execution_rate']:9.4f}{spread.get('execution_rate', '')}{target}",
-        *describe_compute(result, masked=not result["skipping"] and mode not in RUNS_EVERYTHING),
+        *describe_compute(result, budget, masked=not result["skipping"] and mode not in RUNS_EVERYTHING),
         "",
         f"  open gates by block{' (target rate in brackets)' if target_rates else ''}",
     ]
@@ -269,13 +272,13 @@ def describe(result: dict[str, Any], mode: str, target_rates: Sequence[float] | 
     return "\n".join(lines)
 
 
-def describe_compute(result: dict[str, Any], masked: bool) -> list[str]:
+def describe_compute(result: dict[str, Any], budget: float | None, masked: bool) -> list[str]:
     """The lines of the table about computation: true counts, and the paper's convention."""
     what = "if closed branches were skipped" if masked else "stem, shortcuts, head and gates included"
     quantile = {name: f"{value / 1e6:.2f}" for name, value in result["macs_quantiles"].items()}
     return [
         f"  MMACs an image {result['macs_mean'] / 1e6:9.2f}  ({result['macs_fraction']:.4f} of the dense net's "
-        f"{result['macs_dense'] / 1e6:.2f}; {what})",
+        f"{result['macs_dense'] / 1e6:.2f}{f', budget {budget:g}' if budget else ''}; {what})",
         f"    5 % of the images below {quantile['0.05']}, 50 % below {quantile['0.5']}, 95 % below {quantile['0.95']}; "
         f"least {quantile['0']}, most {quantile['1']}",
         f"    in the paper's convention {result['macs_paper'] / 1e6:.2f}: the dense net's x execution rate "

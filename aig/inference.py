@@ -96,9 +96,7 @@ class Rows:
 
     def update(self, x: Tensor, changed: int) -> None:
         """Takes the output of a block, which differs from its input in the first `changed` rows."""
-        self.x = x
-        if changed > self.changed:
-            self.changed = changed
+        self.x, self.changed = x, changed
 
     def pooled_by(self, gate: FoldedGate) -> Tensor:
         """What the gate pools, (N, C). A row that no branch has changed since is not pooled again."""
@@ -243,7 +241,7 @@ class Accelerated(nn.Module):
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return noise[..., 1] - noise[..., 0]
         thresholds = check_thresholds(self.threshold, self.num_gates)
-        if not isinstance(self.threshold, Sequence):  # one number: no copy to the device
+        if isinstance(self.threshold, (int, float)):  # one number: no copy to the device
             return x.new_full((self.num_gates, len(x)), -log_odds(self.threshold))
         return -x.new_tensor([log_odds(threshold) for threshold in thresholds])[:, None].expand(-1, len(x))
 

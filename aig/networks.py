@@ -49,7 +49,7 @@ from convnet_aig import (
 )
 
 OPEN = 0.95  # of new gates of a trained network; at the paper's 0.87 a sample of 16 blocks would lose two of them
-HUB = "torchvision"
+TORCHVISION = "torchvision"
 PLAIN = re.compile(r"(conv1|bn1|fc|linear|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))")
 WITHOUT_WEIGHTS = (nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d, nn.Flatten, nn.MaxPool2d)  # of a plain ResNet
 
@@ -86,14 +86,18 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
     if type(size) is not int or not 8 <= size <= 4096:
         raise InputError(f"{file}: its image_size is malformed; not a checkpoint of this program")
     model.preprocess = Preprocess(size, mean, std, photographs)
-    threshold = own.get("threshold", 0.5)
-    model.threshold = threshold if isinstance(threshold, float) and 0 < threshold < 1 else 0.5
+    model.threshold = recorded_threshold(own)
     if budget is not None:
-        model.threshold = calibrated_thresholds(file, budget, model.num_gates)
+        model.threshold = calibrated_thresholds(file, checkpoint, budget, model.num_gates)
     return model.eval()
 
 
-def calibrated_thresholds(file: Path, budget: float, num_gates: int) -> float | list[float]:
+def recorded_threshold(own: dict[str, Any]) -> float:
+    threshold = own.get("threshold", 0.5)
+    return threshold if isinstance(threshold, float) and 0 < threshold < 1 else 0.5
+
+
+def calibrated_thresholds(file: Path, checkpoint: dict, budget: float, num_gates: int) -> float | list[float]:
     """The thresholds that test.json beside a checkpoint keeps for a budget. Raises InputError if there are none."""
     path, key = file.with_name(TEST), f"argmax@budget={budget:g}"
     try:
@@ -102,9 +106,11 @@ def calibrated_thresholds(file: Path, budget: float, num_gates: int) -> float | 
         result = None
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged: move it away") from error
-    if not result or result.get("checkpoint") != file.name:
+    epoch = checkpoint.get("epoch")
+    now = {"checkpoint": file.name, "epoch": epoch - 1 if isinstance(epoch, int) else None}
+    if not result or any(result.get(name) != value for name, value in now.items()):
         how = f"run --test --budget {budget:g} first"
-        raise InputError(f"{path} has no thresholds of {file.name} for this budget: {how}")
+        raise InputError(f"{path} has no thresholds for this budget of {file.name} as it is now: {how}")
     try:
         check_thresholds(result["threshold"], num_gates)
     except (KeyError, TypeError, ValueError) as error:
@@ -180,13 +186,17 @@ def gate(model: nn.Module, target_rates: Sequence[float] | None = None, probabil
     Raises:
         ValueError: naming the module that a plain ResNet does not have, or if target_rates do not fit.
     """
+    if not 0 < probability < 1:
+        raise ValueError(f"probability {probability}: must lie strictly between 0 and 1")
     check_plain(model)
     example = next(model.parameters())
     state = our_names(model.state_dict())
     try:
         gated = build_like(state, target_rates)
-    except (KeyError, IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
-        raise ValueError(f"not a plain ResNet: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"not a plain ResNet: it has no {error.args[0]}") from error
+    except (IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"not a plain ResNet: {error}") from error
     check_twin(model, gated)
     fresh = {key: value for key, value in gated.state_dict().items() if is_gate(key)}
     try:
@@ -233,7 +243,7 @@ def pair(value: Any) -> Any:
 
 @torch.no_grad()
 def check_outputs(model: nn.Module, gated: AdaptiveResNet) -> None:
-    """Raises ValueError unless both classify noise alike, as they do not if `model` has a forward pass of its own."""
+    """Raises ValueError unless both classify noise alike. They differ if `model` overrides `forward`."""
     example, training, mode = next(model.parameters()), model.training, gated.gate_mode
     noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(example)
     gated.gate_mode = "all"
@@ -276,7 +286,7 @@ class Pretrained:
     """The weights of a trained network.
 
     Attributes:
-        source: what they were asked for by.
+        source: the file or name given by the user.
         state: a state_dict under our names.
         args: what a checkpoint of ours records with them.
     """
@@ -285,8 +295,8 @@ class Pretrained:
     state: dict[str, Tensor]
     args: dict[str, Any] = field(default_factory=dict)
 
-    def load_into(self, model: AdaptiveResNet) -> str:
-        """Starts a network from them. Gates that they lack, and a head for other classes, stay fresh.
+    def load_into(self, model: AdaptiveResNet, classes: Sequence[str] = ()) -> str:
+        """Starts a network for these classes from them. Gates that they lack, and a head for other classes, stay fresh.
 
         Returns:
             A line that says what was loaded.
@@ -297,14 +307,16 @@ class Pretrained:
         own = model.state_dict()
         fresh = {key: value for key, value in own.items() if is_gate(key) and key not in self.state}
         head, heads = "", ("linear.weight", "linear.bias")
-        if "linear.weight" in self.state and self.state["linear.weight"].shape != own["linear.weight"].shape:
+        known, weight = self.args.get("classes"), self.state.get("linear.weight")
+        other = classes and known and list(classes) != known
+        if weight is not None and (weight.shape != own["linear.weight"].shape or other):
             fresh |= {key: own[key] for key in heads}
-            head = f" and the head (it has {len(self.state['linear.weight'])} classes)"
+            head = f"; the head starts fresh, as the file has {len(weight)} {'other ' * bool(other)}classes"
         load_weights(model, {**self.state, **fresh}, self.source)
         open_gates(model, fresh)
-        gates, loaded = sum(map(is_gate, fresh)), len(self.state.keys() - fresh.keys())
-        opened = f", which are open with probability {OPEN:g}" if gates else ""
-        return f"{self.source}: {loaded} tensors loaded; fresh: the {gates} tensors of the gates{opened}{head}"
+        gates, loaded = sum(map(is_gate, fresh)), len((self.state.keys() & own.keys()) - fresh.keys())
+        opened = f"; {gates} gate tensors start fresh, open with probability {OPEN:g}" if gates else ""
+        return f"{self.source}: {loaded} tensors loaded{opened}{head}"
 
 
 def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
@@ -318,7 +330,7 @@ def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
     Raises:
         InputError: if they cannot be had.
     """
-    if source.partition(":")[0] == HUB:
+    if source.partition(":")[0] == TORCHVISION:
         return Pretrained(source, our_names(download(source, arch)))
     file = checkpoint_in(source, BEST, CHECKPOINT)
     found = read_safetensors(file) if file.suffix == ".safetensors" else load_safely(file)
@@ -363,7 +375,7 @@ def fingerprint(source: str) -> str | None:
     Raises:
         InputError: if there is no such file.
     """
-    if source.partition(":")[0] == HUB:
+    if source.partition(":")[0] == TORCHVISION:
         return None
     file = checkpoint_in(source, BEST, CHECKPOINT)
     try:
@@ -372,21 +384,17 @@ def fingerprint(source: str) -> str | None:
         raise InputError(f"no checkpoint at {file}") from error
 
 
-def load_teacher(
-    source: str, arch: str | None, loader: Loader, device: torch.device | str
-) -> Callable[[Tensor], Tensor]:
+def load_teacher(pretrained: Pretrained, loader: Loader, device: torch.device | str) -> Callable[[Tensor], Tensor]:
     """A trained network as a function from a loader's images (n, 3, H, W) to logits (n, K).
 
     It decides as `load` leaves it, reads nothing from the device, and gets the images normalised as its own were.
 
-    Args:
-        source, arch: see `read_pretrained`.
-
     Raises:
-        InputError: if it cannot be read, or knows other classes.
+        InputError: if it is no ResNet, or knows other classes.
     """
-    pretrained = read_pretrained(source, arch)
-    model, own = rebuild(pretrained.state, pretrained.args.get("block_rates"), source), pretrained.args
+    source, own = pretrained.source, pretrained.args
+    model = rebuild(pretrained.state, own.get("block_rates"), source)
+    model.threshold = recorded_threshold(own)
     if len(loader.classes) != model.linear.out_features:
         known = model.linear.out_features
         raise InputError(f"the teacher {source} knows {known} classes, but the images have {len(loader.classes)}")

@@ -21,7 +21,7 @@ EXPLODED = 10  # times the cross entropy of guessing
 def brief(record: dict[str, Any]) -> str:
     """Loss, accuracies and execution rate of a record in one short line."""
     accuracies = "  ".join(f"{name} {value:.2f} %" for name, value in record.items() if name.startswith("top"))
-    macs = f"  MACs {record['macs_fraction']:.3f} of {record['macs_budget']:g}" if "macs_budget" in record else ""
+    macs = f"  MACs {record['macs_fraction']:.3f} (budget {record['macs_budget']:g})" if "macs_budget" in record else ""
     return f"loss {record['loss']:.4f}  {accuracies}  execution rate {record['execution_rate']:.3f}{macs}"
 
 
@@ -64,7 +64,7 @@ def warnings_of(
     Args:
         records: of the epochs so far; none in processes that keep none.
         opened: how often the gate of each block was open in training.
-        recipe: see `aig.engine.Recipe`; its target_rates, budget and fine_tunes count.
+        recipe: see `aig.engine.Recipe`; its target_rates, budget, distillation and fine_tunes count.
         mode: the gate mode of validation.
         settled: whether the target rates have come down to their values.
     """
@@ -74,8 +74,9 @@ def warnings_of(
     if not records:
         return
     validated = [record["val"] for record in records]
-    hints = [spoiled(validated) if recipe.fine_tunes else None, exploded(validated), all_open(validated, rates, mode)]
-    yield from filter(None, hints)
+    labels = 1 - recipe.distillation.weight if recipe.distillation else 1
+    hints = [spoiled(validated) if recipe.fine_tunes else None, exploded(validated, labels)]
+    yield from filter(None, [*hints, all_open(validated, recipe, mode)])
 
 
 def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
@@ -85,7 +86,7 @@ def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
         return None
     return (
         "warning: every gate did the same for nearly every image, so the network is a smaller static one; "
-        "try --budget-floor, a smaller --lr or --lrfact"
+        "try a smaller --lr or --lrfact, and no --no-budget-floor"
     )
 
 
@@ -120,10 +121,13 @@ def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | No
     )
 
 
-def exploded(validated: Sequence[dict[str, Any]]) -> str | None:
-    """A warning if the validation loss is far above chance, or grows while the accuracy stays at chance."""
+def exploded(validated: Sequence[dict[str, Any]], labels: float = 1) -> str | None:
+    """A warning if the validation loss is far above chance, or grows while the accuracy stays at chance.
+
+    `labels`: the weight of the cross entropy, beside a teacher's.
+    """
     now, classes = validated[-1], len(validated[-1]["classes"])
-    chance = math.log(max(2, classes))  # the cross entropy of guessing
+    chance = labels * math.log(max(2, classes))  # the cross entropy of guessing
     if now["loss_classify"] > EXPLODED * chance:
         return (
             f"warning: the validation loss, {now['loss_classify']:.4g}, is more than {EXPLODED} times that of guessing "
@@ -141,14 +145,15 @@ def exploded(validated: Sequence[dict[str, Any]]) -> str | None:
     return None
 
 
-def all_open(validated: Sequence[dict[str, Any]], target_rates: Sequence[float], mode: str) -> str | None:
+def all_open(validated: Sequence[dict[str, Any]], recipe: Any, mode: str) -> str | None:
     """A hint, given once, if every gate is open for all validation images."""
-    gated = any(rate < 1 for rate in target_rates)
+    gated = any(rate < 1 for rate in recipe.target_rates)
     if mode in RUNS_EVERYTHING or not gated or any(min(each["gates"]) < 1 for each in validated[-1:]):
         return None
     if any(min(each["gates"]) == 1 for each in validated[:-1]):
         return None
+    later = "" if recipe.budget else "; later try a higher --threshold or a larger --lossfact"
     return (
         f"hint: in gate mode {mode} every gate is open for all validation images, so nothing is skipped yet; early "
-        "in a training that is usual, as P(open) starts at 0.87; later try a higher --threshold or a larger --lossfact"
+        f"in a training that is usual, as gates start nearly open{later}"
     )

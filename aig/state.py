@@ -119,7 +119,6 @@ def restore(state: State, checkpoint: dict, source: str) -> None:
     if "optimizer" not in checkpoint:  # as in the original's files
         say(f"{source} holds no optimizer state: the momentum starts at zero")
         return
-    wanted = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict(momentum_only(checkpoint["optimizer"], optimizer))
         if state.scaler.is_enabled() and (scaler := checkpoint.get("scaler")):
@@ -130,8 +129,6 @@ def restore(state: State, checkpoint: dict, source: str) -> None:
             state.scaler.load_state_dict(scaler)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{source}: its optimizer does not fit this network ({error})") from error
-    for group, values in zip(optimizer.param_groups, wanted, strict=True):
-        group.update(values)  # the state is the checkpoint's, the hyperparameters are those of the flags
     fill_momentum(optimizer)
 
 
@@ -143,6 +140,9 @@ def enter_epoch(state: State, checkpoint: dict, train: Loader, objective: Object
     """
     if state.epoch != checkpoint["epoch"] or not checkpoint.get("step"):
         return
+    if isinstance(checkpoint.get("sums"), dict) and (missing := set(objective.names) - checkpoint["sums"].keys()):
+        how = f"goes on only with the same ones; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
+        raise InputError(f"{source} stopped in the middle of an epoch without {min(missing)} among its terms: it {how}")
     step, seen, shapes = checkpoint["step"], checkpoint.get("seen"), {"gates": tuple(objective.rates.shape)}
     try:
         sums = {name: checkpoint["sums"][name].detach().clone() for name in ("gates", *objective.names)}

@@ -17,8 +17,8 @@ class Budget:
     """One target for the whole network in place of a rate for each gate: W (M - B)^2.
 
     M = fixed + sum_l branches[l] r[l] is what a batch executes at rates r (L,), in multiply-accumulates of the dense
-    network. W sum_l max(0, floor - r[l])^2 keeps gates from closing for good before they have learned whom to let pass
-    (as in Verelst, Tuytelaars, "Dynamic convolutions", CVPR 2020).
+    network. W sum_l max(0, floor - r[l])^2 keeps gates from closing for good before they have learned which images
+    need the branch (as in Verelst, Tuytelaars, "Dynamic convolutions", CVPR 2020).
 
     Attributes:
         fraction: B.
@@ -39,7 +39,7 @@ class Budget:
         return self.fixed + rates @ self.branches.to(rates)
 
     def terms(self, rates: Tensor, warm: float = 1) -> dict[str, Tensor]:
-        """The terms of the loss. The floor comes down from 1: `warm` is how far."""
+        """The terms of the loss. `warm`, from 0 to 1: how far the floor has come down from 1."""
         terms = {"loss_budget": self.weight * (self.executed(rates) - self.fraction).square()}
         if self.floor:
             floor = 1 - warm * (1 - self.floor)

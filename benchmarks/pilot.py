@@ -2,6 +2,7 @@
 
     python -m benchmarks.pilot --data DIR           # all that is not done yet; DIR holds train/ and test/
     python -m benchmarks.pilot --data DIR --list    # the commands
+    python -m benchmarks.pilot --data DIR --table   # what came of them
 
 A pilot: one seed, 15 epochs in all, far from converged. It chooses recipes and learning rates for longer runs, on
 5,000 held-out training images (the last record of metrics.jsonl); the test images are only reported. Every arm has
@@ -9,20 +10,23 @@ trained for 15 epochs of 45,000 images at its end: 10 of the teacher, a plain Re
 from scratch. All have the same cosine schedule, Nesterov's momentum and weight decay. This file is the protocol: it is
 committed before its first training.
 
-First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on. Then, each
-at the rate that was best for it: target rates against a budget, with and without distillation, with and without a
-floor; static nets at a comparable cost, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without
-distillation; AIG from scratch.
+First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on; static nets
+at a comparable cost beside, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without distillation. To
+follow, at the rates that were best: target rates against a budget, with and without distillation, with and without a
+floor; AIG from scratch.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
 
-from aig.checkpoint import CHECKPOINT
+from aig.checkpoint import CHECKPOINT, TEST
 from aig.console import run_command
-from benchmarks.reproduction import follow
+from aig.runs import read_json, read_records
+from benchmarks.reproduction import RUNS, follow, make_parser
 
 TEACHER = f"runs/pilot-teacher/{CHECKPOINT}"
 SHARED = "--batch-size 128 --val-size 5000 --lr-schedule cosine --nesterov --compile --seed 1"
@@ -31,12 +35,12 @@ SMALLER = SCRATCH.replace("--depth 20", "--depth 14")
 TUNED = f"--depth 20 --epochs 5 --pretrained {TEACHER} {SHARED}"
 GATED = f"{TUNED} --no-gate-decay --lrfact 5"
 DISTILL = f"--distill {TEACHER}"
-RATES = (0.01, 0.02, 0.05)
+LEARNING_RATES = (0.01, 0.02, 0.05)
 
 STAGES = (
     {"teacher": f"{SCRATCH.replace('15', '10')} --target 1", "scratch-plain": f"{SCRATCH} --target 1"},
-    {f"budget-distill-lr{lr}": f"{GATED} --budget 0.6 {DISTILL} --lr {lr}" for lr in RATES}
-    | {f"control-lr{lr}": f"{TUNED} --target 1 --lr {lr}" for lr in RATES}
+    {f"budget-distill-lr{lr}": f"{GATED} --budget 0.6 {DISTILL} --lr {lr}" for lr in LEARNING_RATES}
+    | {f"control-lr{lr}": f"{TUNED} --target 1 --lr {lr}" for lr in LEARNING_RATES}
     | {"smaller": f"{SMALLER} --target 1", "smaller-distill": f"{SMALLER} --target 1 {DISTILL}"},
 )
 
@@ -51,9 +55,32 @@ def tests(name: str, flags: str) -> dict[str, list[str]]:
     return {mode: [*test, "--gate-mode", mode] for mode in ("argmax", "sample")} | calibrated
 
 
+def table(folder: Path) -> Iterator[str]:
+    """The lines of a table of all trainings in a folder of results, in the order of the protocol."""
+    yield "| training | held out, error % | test: mode or budget, error % @ MACs of the dense ResNet-20 |"
+    yield "|---|---|---|"
+    dense = None
+    for name in chain.from_iterable(STAGES):
+        results = read_json(folder / f"pilot-{name}" / TEST)
+        if not results:
+            continue
+        dense = dense or next(iter(results.values()))["macs_dense"]  # the first one is the teacher's
+        held_out = 100 - read_records(folder / f"pilot-{name}")[-1]["val"]["top1"]
+        cells = [
+            f"{key.removeprefix('argmax@')} {100 - result['top1']:.2f} @ {result['macs_mean'] / dense:.3f}"
+            for key, result in results.items()
+        ]
+        yield f"| {name} | {held_out:.2f} | {' · '.join(cells)} |"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    stages = [[(f"pilot-{name}", flags) for name, flags in stage.items()] for stage in STAGES]
-    follow(stages, tests, __doc__.split("\n")[0], argv)
+    parser = make_parser(__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="print what is in the results instead")
+    args = parser.parse_args(argv)
+    if args.table:
+        print("\n".join(table(args.results / RUNS)))
+        return
+    follow([[(f"pilot-{name}", flags) for name, flags in stage.items()] for stage in STAGES], tests, args)
 
 
 if __name__ == "__main__":

@@ -120,9 +120,10 @@ def read_tests(path: Path) -> dict[str, dict]:
     with naming(path):
         return {
             mode: {"error": 100 - result["top1"], "epoch": int(result["epoch"])}
-            | {"threshold": float(result.get("threshold", THRESHOLD))}
+            | {"threshold": result.get("threshold", THRESHOLD)}
             | {key: float(result.get(key, math.nan)) for key in COSTS}
             for mode, result in read_json(path).items()
+            if "@budget" not in mode
         }
 
 

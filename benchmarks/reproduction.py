@@ -28,6 +28,7 @@ distance between them shrinks.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -139,10 +140,8 @@ def carry_out(name: str, flags: str, tests: Tests, data: str, threads: int, resu
             shutil.copyfile(best / TEST, kept / BEST_TEST)
 
 
-def follow(
-    stages: Sequence[Sequence[tuple[str, str]]], tests: Tests, description: str, argv: Sequence[str] | None
-) -> None:
-    """Carries out a protocol, as the command line says: stages of (name, flags), each after the one before."""
+def make_parser(description: str) -> Parser:
+    """The command line of a protocol."""
     parser = Parser(description=description)
     parser.add_argument("--data", required=True, metavar="DIR", help="holds train/ and test/, a folder per class")
     parser.add_argument("--only", default="", metavar="PREFIX", help="of the names of the trainings")
@@ -151,7 +150,11 @@ def follow(
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR",
                         help="results are kept in DIR/runs/NAME")
     parser.add_argument("--list", action="store_true", help="print the commands instead")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def follow(stages: Sequence[Sequence[tuple[str, str]]], tests: Tests, args: argparse.Namespace) -> None:
+    """Carries out a protocol as the command line says: stages of (name, flags), each after the one before."""
     stages = [[(name, flags) for name, flags in stage if name.startswith(args.only)] for stage in stages]
     if not any(stages):
         raise InputError(f"--only {args.only}: no training has such a name; see --list")
@@ -168,7 +171,7 @@ def follow(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    follow([list(protocol())], tests, __doc__.split("\n")[0], argv)
+    follow([list(protocol())], tests, make_parser(__doc__.split("\n")[0]).parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from steps import PIXELS, small_loader, small_net
@@ -87,6 +88,23 @@ def test_a_data_loader_of_torch_will_do(model, loader):
     assert aig.calibrate(model, batches, 0.7) == pytest.approx(aig.calibrate(model, loader, 0.7), abs=1e-6)
 
 
+def test_what_was_there_is_restored_and_no_images_are_an_error(model, loader):
+    block = model.layer2[0]
+    wrapper = block.gate_logits
+    block.gate_logits = lambda x: wrapper(x)
+    mine = block.gate_logits
+    model.train()
+    try:
+        aig.calibrate(model, loader, 0.7)
+        assert model.training
+        assert block.gate_logits is mine
+    finally:
+        del block.gate_logits
+        model.eval()
+    with pytest.raises(ValueError, match="no images"):
+        aig.calibrate(model, [], 0.7)
+
+
 def test_of_both_ways_the_one_with_the_lower_loss_is_taken(model, loader, monkeypatch):
     losses = {"one": 1.0, "each": 0.5}
 
@@ -153,6 +171,11 @@ def test_each_gate_decides_by_its_own_threshold(model, loader, form):
     assert [z.tolist() for z in opened] == [z.tolist() for z in gates]
     assert torch.equal(opened[1].bool(), first > first.median())
     assert opened[5].bool().all()
+
+
+def test_thresholds_may_be_an_array_or_a_tensor():
+    for thresholds in (np.array([0.25, 0.5]), torch.tensor([0.25, 0.5]), (0.25, 0.5)):
+        assert check_thresholds(thresholds, 2) == [0.25, 0.5]
 
 
 @pytest.mark.parametrize("threshold", [0, 1, math.nan, [0.5] * 4, [0.5, 0.5, 0.5, 0.5, 1.0]])

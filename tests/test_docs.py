@@ -95,8 +95,8 @@ def test_the_flags_of_a_command_exist(page, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *argv])
     if name == "train.py" and "svhn" in argv:  # of docs/extending.md
         monkeypatch.setitem(data.DATASETS, "svhn", data.DATASETS["digits"])
-    if name == "train_img.py" and "resnet18" in argv:
-        monkeypatch.setitem(train_img.ARCHS, "resnet18", train_img.ARCHS["resnet50"])
+    if name == "train_img.py" and "resnet26" in argv:
+        monkeypatch.setitem(train_img.ARCHS, "resnet26", train_img.ARCHS["resnet50"])
     parse = argparse.ArgumentParser.parse_args
 
     def parse_only(self, args=None, namespace=None):

@@ -4,7 +4,6 @@ import copy
 import json
 
 import pytest
-import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
@@ -19,8 +18,9 @@ from aig.losses import Objective
 from aig.networks import read_pretrained
 from convnet_aig import ARCHS, BasicBlock, Bottleneck, ResNet_cifar, ResNet_ImageNet
 
-DEEP = [pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHS if arch not in ("resnet18", "resnext50_32x4d")]
-TIMM = ["resnet26", *(pytest.param(name, marks=pytest.mark.slow) for name in ("resnet34", "wide_resnet50_2"))]
+QUICK = [("torchvision", "resnet18"), ("torchvision", "resnext50_32x4d"), ("timm", "resnet26")]
+SLOW = [("torchvision", arch) for arch in ARCHS] + [("timm", "resnet34"), ("timm", "wide_resnet50_2")]
+FAMILY = [*QUICK, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW if each not in QUICK)]
 
 
 def lived(model):
@@ -42,21 +42,16 @@ def plain_net():
 # ---------------------------------------------------------------------------------------------- gates for a network
 
 
-def theirs(name, library):
+def theirs(library, name, **options):
     torch.manual_seed(0)
-    made = getattr(torchvision.models, name)(num_classes=7) if library is torchvision else None
-    return lived(made or timm.create_model(name, num_classes=7))
+    if library == "timm":
+        return lived(pytest.importorskip("timm").create_model(name, **options))
+    return lived(getattr(torchvision.models, name)(**options))
 
 
-@pytest.mark.parametrize(
-    ("name", "library"),
-    [pytest.param(*each.values, torchvision, marks=each.marks) if hasattr(each, "values") else (each, torchvision)
-     for each in ("resnet18", "resnext50_32x4d", *DEEP)]
-    + [pytest.param(*each.values, timm, marks=each.marks) if hasattr(each, "values") else (each, timm)
-       for each in TIMM],
-)
-def test_a_gated_network_computes_what_the_plain_one_did(name, library):
-    plain = theirs(name, library)
+@pytest.mark.parametrize(("library", "name"), FAMILY)
+def test_a_gated_network_computes_what_the_plain_one_did(library, name):
+    plain = theirs(library, name, num_classes=7)
     net = aig.gate(plain)
     images = torch.randn(2, 3, 64, 64)
     net.gate_mode = "all"
@@ -71,11 +66,14 @@ def test_a_gated_network_computes_what_the_plain_one_did(name, library):
             torch.nn.init.normal_(block.fc2.weight, 0, 2)
             torch.nn.init.zeros_(block.fc2.bias)
         logits, gates = net(images)
-        fast = aig.accelerate(net)
+        fast_logits, fast_gates = aig.accelerate(net)(images)
+        in_float64 = aig.accelerate(copy.deepcopy(net).double())  # whose convolutions the counter knows
         with FlopCounterMode(display=False) as counter:
-            fast_logits, fast_gates = fast(images)
+            _, executed = in_float64(images.double())
     assert [z.tolist() for z in fast_gates] == [z.tolist() for z in gates]
     torch.testing.assert_close(fast_logits, logits, rtol=1e-4, atol=1e-4)
+    macs = aig.count_macs(net, 64).executed(torch.stack(executed, dim=1))
+    assert counter.get_total_flops() == 2 * macs.sum().item()
     with FlopCounterMode(display=False) as counter:
         plain(images)
     assert counter.get_total_flops() == 2 * 2 * aig.count_macs(net, 64).dense
@@ -117,6 +115,12 @@ def test_blocks_at_rate_one_get_no_gate_and_rates_must_fit():
         aig.gate(torchvision.models.resnet18(num_classes=3), [1, 1, 1])
 
 
+@pytest.mark.parametrize("probability", [0, 1, -0.1, float("nan")])
+def test_a_probability_that_is_none_is_an_error(probability):
+    with pytest.raises(ValueError, match="strictly between 0 and 1"):
+        aig.gate(plain_net(), probability=probability)
+
+
 def test_our_own_plain_network_gets_gates_too_and_keeps_its_classes():
     plain = plain_net()
     plain.classes, training = [*"abcd"], plain.training
@@ -142,11 +146,11 @@ def other_epsilon():
 
 
 UNFIT = {
-    "an SE layer": (lambda: timm.create_model("seresnet18"), r"layer1\.0\.se\.\S+ \(Conv2d\) does not fit"),
-    "a deep stem": (lambda: timm.create_model("resnet26d"), r"conv1\.0 \(Conv2d\) does not fit"),
-    "anti-aliasing": (lambda: timm.create_model("resnetblur18"), r"\(BlurPool2d\) does not fit"),
-    "another normalisation": (lambda: timm.create_model("resnet50_gn"), r"bn1 \(GroupNorm\) does not fit"),
-    "another activation": (lambda: timm.create_model("resnet18", act_layer="silu"), r"act1 \(SiLU\) does not fit"),
+    "an SE layer": (lambda: theirs("timm", "seresnet18"), r"layer1\.0\.se\.\S+ \(Conv2d\) does not fit"),
+    "a deep stem": (lambda: theirs("timm", "resnet26d"), r"conv1\.0 \(Conv2d\) does not fit"),
+    "anti-aliasing": (lambda: theirs("timm", "resnetblur18"), r"\(BlurPool2d\) does not fit"),
+    "another normalisation": (lambda: theirs("timm", "resnet50_gn"), r"bn1 \(GroupNorm\) does not fit"),
+    "another activation": (lambda: theirs("timm", "resnet18", act_layer="silu"), r"act1 \(SiLU\) does not fit"),
     "dilation": (dilated, r"layer3\.0\.conv2 does not fit: its stride is \(1, 1\) instead of \(2, 2\)"),
     "another epsilon": (other_epsilon, r"bn1 does not fit: its eps is 0.001"),
     "another network": (lambda: torchvision.models.vgg11(), r"features\.0 \(Conv2d\) does not fit"),
@@ -168,7 +172,7 @@ def test_what_is_no_plain_resnet_is_named(what):
 
 
 def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
-    plain = theirs("resnet18", torchvision)
+    plain = theirs("torchvision", "resnet18", num_classes=7)
     torch.save(plain.state_dict(), tmp_path / "file.pth")
     save_file(plain.state_dict(), tmp_path / "file.safetensors")
     own = networks.build_like(networks.our_names(plain.state_dict()), [1.0] * 8)
@@ -178,7 +182,8 @@ def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
     for source in ("file.pth", "file.safetensors", "run"):
         pretrained = read_pretrained(str(tmp_path / source))
         net = ResNet_ImageNet(BasicBlock, (2, 2, 2, 2), 7)
-        assert "fresh: the 72 tensors of the gates, which are open with probability 0.95" in pretrained.load_into(net)
+        assert pretrained.load_into(net).endswith(
+            ": 122 tensors loaded; 72 gate tensors start fresh, open with probability 0.95")
         images = torch.randn(2, 3, 64, 64)
         net.eval().gate_mode = "all"
         with torch.no_grad():
@@ -186,12 +191,22 @@ def test_weights_come_from_pth_safetensors_and_checkpoints_of_ours(tmp_path):
         assert bool(pretrained.args) == (source == "run")
 
 
+def test_a_head_of_other_classes_starts_fresh():
+    trained, net = plain_net(), small_net()
+    before = net.linear.weight.clone()
+    pretrained = networks.Pretrained("FILE", trained.state_dict(), {"classes": [*"abcd"]})
+    assert "the head starts fresh, as the file has 4 other classes" in pretrained.load_into(net, [*"abce"])
+    assert torch.equal(net.linear.weight, before)
+    assert "head" not in pretrained.load_into(net, [*"abcd"])
+    assert torch.equal(net.linear.weight, trained.linear.weight)
+
+
 def test_gates_in_the_weights_are_taken_over():
     trained, net = small_net(), small_net()
     for value in trained.state_dict().values():
         value.mul_(2)
-    report = networks.Pretrained("FILE", trained.state_dict()).load_into(net)
-    assert "fresh: the 0 tensors of the gates" in report
+    count = len(trained.state_dict())
+    assert networks.Pretrained("FILE", trained.state_dict()).load_into(net) == f"FILE: {count} tensors loaded"
     assert torch.equal(net.layer1[0].fc2.weight, trained.layer1[0].fc2.weight)
 
 
@@ -207,7 +222,7 @@ def test_torchvisions_weights_are_asked_for_by_name(monkeypatch):
 
     def fetched(self, **options):
         asked.append(self.name)
-        return theirs("resnet18", torchvision).state_dict()
+        return theirs("torchvision", "resnet18", num_classes=7).state_dict()
 
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", fetched)
     read_pretrained("torchvision", "resnet50")
@@ -241,20 +256,20 @@ def test_of_several_processes_the_first_one_fetches_the_weights(monkeypatch):
 
 def teacher_file(tmp_path, model, **args):
     torch.save({"state_dict": model.state_dict(), "args": args}, tmp_path / "teacher")
-    return str(tmp_path / "teacher")
+    return read_pretrained(str(tmp_path / "teacher"))
 
 
 def test_a_teacher_gives_its_logits_for_images_normalised_as_its_own_were(tmp_path):
     plain, loader = plain_net(), small_loader(16)
     images, _ = next(loader.batches())
-    same = networks.load_teacher(teacher_file(tmp_path, plain), None, loader, "cpu")
+    same = networks.load_teacher(teacher_file(tmp_path, plain), loader, "cpu")
     with torch.no_grad():
         torch.testing.assert_close(same(images), plain(images)[0], rtol=1e-4, atol=1e-5)
     assert not same(images).requires_grad
 
     mean, std = [0.2, 0.3, 0.4], [0.1, 0.2, 0.3]
     path = teacher_file(tmp_path, plain, mean=mean, std=std, classes=loader.classes)
-    other = networks.load_teacher(path, None, loader, "cpu")
+    other = networks.load_teacher(path, loader, "cpu")
     pixels = images * torch.tensor(PIXELS[1]).view(3, 1, 1) + torch.tensor(PIXELS[0]).view(3, 1, 1)
     seen = (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     with torch.no_grad():
@@ -264,10 +279,20 @@ def test_a_teacher_gives_its_logits_for_images_normalised_as_its_own_were(tmp_pa
 def test_a_teacher_of_other_classes_is_an_error(tmp_path):
     loader = small_loader(16, classes=3)
     with pytest.raises(InputError, match="knows 4 classes, but the images have 3"):
-        networks.load_teacher(teacher_file(tmp_path, plain_net()), None, loader, "cpu")
+        networks.load_teacher(teacher_file(tmp_path, plain_net()), loader, "cpu")
     images = Batches(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]))
     with pytest.raises(InputError, match="classes of the teacher"):
-        networks.load_teacher(teacher_file(tmp_path, plain_net(), classes=[*"wxyz"]), None, images, "cpu")
+        networks.load_teacher(teacher_file(tmp_path, plain_net(), classes=[*"wxyz"]), images, "cpu")
+
+
+def test_a_gated_teacher_decides_at_the_threshold_that_it_was_saved_with(tmp_path):
+    gated, loader = small_net().eval(), small_loader(16)
+    images, _ = next(loader.batches())
+    for threshold in (0.2, 0.8):
+        teacher = networks.load_teacher(teacher_file(tmp_path, gated, threshold=threshold), loader, "cpu")
+        gated.threshold = threshold
+        with torch.no_grad():
+            torch.testing.assert_close(teacher(images), gated(images)[0], rtol=1e-4, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- thresholds of a budget
@@ -275,15 +300,18 @@ def test_a_teacher_of_other_classes_is_an_error(tmp_path):
 
 def test_the_thresholds_of_a_budget_are_loaded_with_the_network_they_were_chosen_for(tmp_path):
     for name in (BEST, CHECKPOINT):
-        torch.save({"state_dict": small_net().state_dict()}, tmp_path / name)
-    with pytest.raises(InputError, match=r"no thresholds of model_best\.pth\.tar .*: run --test --budget 0\.7"):
+        torch.save({"state_dict": small_net().state_dict(), "epoch": 4}, tmp_path / name)
+    with pytest.raises(InputError, match=r"no thresholds .* of model_best\.pth\.tar .*: run --test --budget 0\.7"):
         aig.load(tmp_path, budget=0.7)
-    result = {"threshold": [0.2, 0.3, 0.9], "checkpoint": BEST}
+    result = {"threshold": [0.2, 0.3, 0.9], "checkpoint": BEST, "epoch": 3}
     (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": result}))
     assert aig.load(tmp_path, budget=0.7).threshold == [0.2, 0.3, 0.9]
     assert aig.load(tmp_path).threshold == 0.5
-    with pytest.raises(InputError, match="no thresholds of checkpoint"):
+    with pytest.raises(InputError, match="no thresholds for this budget of checkpoint"):
         aig.load(tmp_path / CHECKPOINT, budget=0.7)
+    (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": {**result, "epoch": 2}}))
+    with pytest.raises(InputError, match="as it is now"):  # it has been trained further since
+        aig.load(tmp_path, budget=0.7)
     for threshold in ([0.2, 0.3], "high", [0.1, 0.2, 1.5], None):
         (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": {**result, "threshold": threshold}}))
         with pytest.raises(InputError, match="is unfit"):

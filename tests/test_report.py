@@ -61,6 +61,13 @@ def section(text, title):
     return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
+def test_a_test_at_a_budget_with_a_threshold_for_each_gate_is_read_past(tmp_path):
+    folder = write_run(tmp_path, "full-plain", {"argmax": 20})
+    tests = read_json(folder / "test.json")
+    write_json(folder / "test.json", {**tests, "argmax@budget=0.6": {**tests["argmax"], "threshold": [0.1, 0.9]}})
+    assert report.read_tests(folder / "test.json").keys() == {"argmax"}
+
+
 # ---------------------------------------------------------------------------------------------- statistics
 
 

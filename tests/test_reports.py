@@ -23,8 +23,9 @@ def record(epoch=1, loss=1.0, top1=60.0, gates=USUAL, classes=4):
     return {"epoch": epoch, "lr": 0.01, "seconds": 90.0, "train": val, "val": val}
 
 
-def said(*records, opened=USUAL, mode="argmax", rates=RATES, budget=None, fine_tunes=False, settled=True):
-    recipe = SimpleNamespace(target_rates=rates, budget=budget, fine_tunes=fine_tunes)
+def said(*records, opened=USUAL, mode="argmax", rates=RATES, budget=None, fine_tunes=False, settled=True, taught=0):
+    distillation = SimpleNamespace(weight=taught) if taught else None
+    recipe = SimpleNamespace(target_rates=rates, budget=budget, fine_tunes=fine_tunes, distillation=distillation)
     return list(reports.warnings_of(records, opened, recipe, mode, settled))
 
 
@@ -59,6 +60,17 @@ def test_accuracy_at_chance_while_the_loss_grows_is_a_warning():
 )
 def test_a_net_that_learns_however_slowly_gets_no_warning(before, now):
     assert said(record(1, *before), record(2, *now)) == []
+
+
+def test_beside_a_teacher_the_loss_of_guessing_is_smaller():
+    assert said(record(loss=1.1 * CHANCE), taught=0.9)[0].startswith("warning: the validation loss")
+    assert said(record(loss=0.9 * CHANCE), taught=0.9) == []
+
+
+def test_under_a_budget_no_flag_is_advised_that_would_be_refused():
+    (line,) = said(record(gates=[1.0, 1.0, 1.0]), budget=object())
+    assert "every gate is open" in line
+    assert "--lossfact" not in line
 
 
 def test_the_first_epoch_at_chance_is_no_warning():
@@ -134,7 +146,7 @@ def test_an_epoch_is_one_line():
 
 def test_what_a_budget_has_come_to_is_beside_it():
     assert reports.brief(record()["val"] | {"macs_fraction": 0.6123, "macs_budget": 0.6}).endswith(
-        "execution rate 0.500  MACs 0.612 of 0.6")
+        "execution rate 0.500  MACs 0.612 (budget 0.6)")
 
 
 def test_reports_come_more_often_on_a_terminal_and_in_every_process_alike():

@@ -1,10 +1,13 @@
 """The protocol's program, run on a protocol of one tiny training."""
 
 import json
+import shlex
 
 import pytest
 
-from benchmarks import reproduction
+import train
+import utils
+from benchmarks import control, pilot, reproduction
 
 NAME = "tiny-val2"
 FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
@@ -42,6 +45,39 @@ def test_a_training_that_fails_is_named_with_its_log(call, tmp_path):
     assert err == f"script: error: {NAME} ended with status 2: {log} says why\n"
     assert "nowhere" in log.read_text()
     assert not (tmp_path / "kept").exists()
+
+
+def test_a_stage_begins_when_the_one_before_is_done_and_only_names_what_was_asked_for(monkeypatch):
+    done = []
+    monkeypatch.setattr(reproduction, "carry_out", lambda name, *rest: done.append(name))
+    stages = [[("a-first", ""), ("b-first", "")], [("a-second", "")]]
+    parser = reproduction.make_parser("")
+    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR"]))
+    assert (sorted(done[:2]), done[2:]) == (["a-first", "b-first"], ["a-second"])
+    done.clear()
+    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR", "--only", "a"]))
+    assert done == ["a-first", "a-second"]
+
+
+@pytest.mark.parametrize("program", [pilot, control])
+def test_every_command_of_the_other_protocols_is_one_of_train_py(program, capsys):
+    program.main(["--data", "DIR", "--list"])
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert {words[2] for words in lines} == {"train.py"}
+    names = set()
+    for words in lines:
+        args = train.make_parser().parse_args(words[3:])
+        utils.check_flags(args, train.make_parser().given(words[3:]))
+        names |= {args.expname} if not args.test else set()
+        assert args.test or args.seed in range(1, 6)
+    assert len(names) == {pilot: 10, control: 5}[program]
+
+
+def test_the_control_drops_what_the_gates_of_its_seed_left_out():
+    words = control.flags(3).split()
+    dropped = [float(rate) for rate in words[words.index("--stochastic-depth") + 1].split(",")]
+    assert (len(dropped), words[-1]) == (9, "3")
+    assert 0.2 < sum(dropped) / 9 < 0.3
 
 
 def test_the_commands_can_be_listed(call):

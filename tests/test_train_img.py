@@ -10,6 +10,7 @@ from PIL import Image
 
 import train
 import train_img
+import utils
 from aig import console, data, environment, runs
 from aig.networks import read_pretrained
 from convnet_aig import ARCHS, PAPER_RATES, Bottleneck, ResNet_ImageNet, make_resnet, target_rates_of
@@ -115,7 +116,7 @@ def test_gates_and_a_head_of_other_classes_stay_fresh(tmp_path):
     model = ResNet_ImageNet(Bottleneck, ARCHS["resnet50"][1], 2)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     report = read_pretrained(str(tmp_path / "file")).load_into(model)
-    assert "the head (it has 3 classes)" in report
+    assert "the head starts fresh, as the file has 3 classes" in report
     after = model.state_dict()
     assert torch.equal(after["layer1.0.fc1.weight"], before["layer1.0.fc1.weight"])
     assert torch.equal(after["linear.weight"], before["linear.weight"])
@@ -168,6 +169,26 @@ def photos(tmp_path):
 
 TINY = ["--image-size", 32, "--epochs", 2, "--batch-size", 6, "--target-rates", "paper", "--lr", 0.01]
 TINY += ["--device", "cpu"]
+
+
+def test_photographs_are_trained_and_tested_to_a_budget_with_a_teacher(run, photos, tmp_path):
+    torch.save(torchvision.models.resnet18(num_classes=3).state_dict(), tmp_path / "plain.pth")
+    start = ["--pretrained", tmp_path / "plain.pth", "--distill", tmp_path / "plain.pth", "--budget", 0.8]
+    command = [photos, "--arch", "resnet18", "--image-size", 32, "--batch-size", 6, "--workers", 0, "--device", "cpu"]
+    assert run(train_img.main, *command, *start, "--epochs", 2, "--save", tmp_path, "--expname", "run")[0] == 0
+    args = runs.read_json(tmp_path / "run" / runs.ARGS)
+    assert (args["lr"], args["lossfact"]) == (utils.FINE_TUNING_LR, 0)
+    (tmp_path / "plain.pth").unlink()
+    best = tmp_path / "run" / runs.BEST
+    checkpoint = torch.load(best)
+    for name, value in checkpoint["state_dict"].items():  # gates that tell images apart
+        if ".fc2." in name:
+            torch.nn.init.normal_(value, 0, 20) if name.endswith("weight") else value.zero_()
+    torch.save(checkpoint, best)
+    status, out, err = run(train_img.main, "--test", "--resume", tmp_path / "run", "--budget", 0.7)
+    assert (status, err) == (0, "")
+    assert "chosen for the budget 0.7 on 12 training images, which execute 0." in out
+    assert "argmax@budget=0.7" in runs.read_json(tmp_path / "run" / runs.TEST)
 
 
 def test_a_run_on_photographs_of_every_mode_resumes_and_tests(run, photos, tmp_path):

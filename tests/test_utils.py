@@ -300,7 +300,7 @@ def test_a_budget_is_recorded_with_its_terms_and_kept(tuned):
     assert args["mean"] == runs.read_json(tuned / "plain" / runs.ARGS)["mean"]
 
 
-def test_the_best_model_is_one_that_keeps_to_the_budget(tuned):
+def test_the_best_model_is_one_after_the_floor_has_come_down(tuned):
     best = load_checkpoint(tuned / "gated" / runs.BEST)
     assert best["epoch"] - 1 >= 2  # before that the floor comes down
     accuracies = [record["val"]["top1"] for record in runs.read_records(tuned / "gated")]
@@ -344,7 +344,9 @@ def test_a_run_with_a_teacher_goes_on_only_with_that_teacher(run, tuned, tmp_pat
         (["--epochs", 9], "start a new run from its weights, with --pretrained"),
         (["--milestones", 2], "a cosine has no steps"),
         (["--pretrained", "plain"], "starts a new run"),
-        (["--test", "--budget", 0.7, "--gate-mode", "sample"], "--gate-mode argmax"),
+        (["--test", "--budget", 0.7, "--gate-mode", "sample"], "needs no --gate-mode"),
+        (["--gate-decay"], "--gate-decay is decided when a run begins"),
+        (["--lr-schedule", "step"], "--lr-schedule is decided when a run begins"),
         (["--test", "--budget", 0.7, "--threshold", 0.4], "--threshold"),
         (["--test", "--budget", 0.01], "--budget: 0.01 is out of reach"),
         (["--test", "--distill", "plain"], "--distill is for training"),
@@ -357,6 +359,55 @@ def test_what_a_tuned_run_cannot_do_gets_one_line(run, copied, contents, flags, 
     assert (status, len(err.splitlines())) == (2, 1)
     assert message in err
     assert contents(copied) == before
+
+
+def test_flags_of_the_budget_and_the_teacher_win_on_resume(tuned, fitted, tmp_path):
+    for name, flags in enumerate((["--budget-weight", "30"], ["--distill-weight", "0.3"], ["--no-budget-floor"])):
+        resume = resume_altered(tuned / "gated", tmp_path / str(name))
+        train.main(["--resume", str(resume), "--device", "cpu", "--start-epoch", "3", *flags])
+    (_, weight), (_, taught), (_, free) = fitted
+    assert (weight.budget.weight, taught.distillation.weight, free.budget.floor, free.target_warmup) == (30, 0.3, 0, 0)
+
+
+def test_a_test_at_a_budget_is_in_argmax_whatever_the_run_was_validated_in(run, tuned, tmp_path):
+    resume = resume_altered(tuned / "gated", tmp_path / "run", gate_mode="sample")
+    assert run(train.main, "--test", "--resume", resume, "--budget", 0.75)[0] == 0
+    assert runs.read_json(tmp_path / "run" / runs.TEST).keys() == {"argmax@budget=0.75"}
+
+
+def test_a_run_says_what_its_start_gave_and_whether_images_were_held_out(run, tuned, tmp_path):
+    plain = runs.read_records(tuned / "plain")
+    common = ["--dataset", "digits", "--depth", 8, "--epochs", 1, "--save", tmp_path, "--device", "cpu"]
+    common += ["--pretrained", tuned / "plain" / CHECKPOINT, "--budget", 0.7]
+    status, out, _ = run(train.main, *common, "--val-size", 200, "--expname", "same")
+    assert status == 0
+    assert f"before training, with every gate open: top1 {plain[-1]['val']['top1']:.2f} %" in out
+    assert "warning" not in out.partition("epoch 1/1")[0]
+    _, out, _ = run(train.main, *common, "--distill", tuned / "plain", "--val-size", 100, "--expname", "other")
+    assert out.count("had another --val-size: it may have been trained on images validated on here") == 2
+
+
+def test_a_new_run_does_not_replace_its_own_start_or_teacher(run, copied, contents):
+    before = contents(copied)
+    for flag in ("--pretrained", "--distill"):
+        command = ["--dataset", "digits", "--depth", 8, "--target", 1, "--save", copied, "--expname", "plain"]
+        status, _, err = run(train.main, *command, "--overwrite", flag, copied / "plain")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert f"{flag} {copied / 'plain'} is in the folder of the new run" in err
+    assert contents(copied) == before
+
+
+def test_while_the_floor_comes_down_there_is_no_best_accuracy(run, tuned, tmp_path):
+    command = ["--dataset", "digits", "--depth", 8, "--save", tmp_path, "--pretrained", tuned / "plain"]
+    status, out, _ = run(train.main, *command, "--budget", 0.7, "--epochs", 9, "--stop-after", 1, "--expname", "run")
+    assert status == 0
+    assert f"target rates are still coming down, the newest: {tmp_path / 'run' / runs.BEST}" in out
+
+
+def test_a_plain_run_is_not_resumed_to_a_budget(run, copied):
+    status, _, err = run(train.main, "--resume", copied / "plain", "--budget", 0.7)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "has no gates; start a new run with --pretrained" in err
 
 
 def test_a_network_without_gates_keeps_no_budget(run, copied):

@@ -64,6 +64,8 @@ def make_parser() -> Parser:
                         help="quality at which attacked images are compressed")
     parser.add_argument("--permutations", type=number(int, 1), default=999, metavar="N",
                         help="shuffle the labels so often, to know which similarity is chance")
+    parser.add_argument("--budget", type=number(float, above=0, below=1), metavar="B",
+                        help="use the thresholds that --test --budget B has found for each run")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier analysis left in --out")
     parser.add_argument("--format", default="png", choices=FORMATS, help="format of the figures")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))

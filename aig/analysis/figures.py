@@ -178,7 +178,7 @@ def curve(run: np.ndarray, mode: np.ndarray, threshold: np.ndarray, usual: np.nd
     figure = Figure((WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
     macs, runs = macs_mean / MEGA, list(dict.fromkeys(run.tolist()))
-    swept = np.flatnonzero((run == runs[0]) & (mode == "argmax"))
+    swept = np.flatnonzero((run == runs[0]) & (mode == "argmax") & ~np.isnan(threshold))
     swept = swept[np.argsort(macs[swept])]
     axes.plot(macs[swept], error[swept], ".-", color=COLOURS[0], markersize=4)
     for point in swept[apart(macs[swept], 0.05)]:

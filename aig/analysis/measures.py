@@ -156,7 +156,7 @@ def operating_points(
     """Measures the network as `--test` does, once for each (gate mode, threshold); see `evaluation.measure`.
 
     Returns:
-        For each point mode, threshold (NaN in other modes than argmax), error in percent, execution_rate, macs_mean,
+        For each point mode, threshold (NaN unless one for all gates), error in percent, execution_rate, macs_mean,
         macs_fraction, macs_paper.
     """
     # the target rates matter only to the loss, which nothing here reports
@@ -168,7 +168,7 @@ def operating_points(
         model.gate_mode, model.threshold = mode, threshold
         result = measure(model, loader, objective, samples=samples, seed=seed)
         values = {name: result[name] for name in ("execution_rate", "macs_mean", "macs_fraction", "macs_paper")}
-        at = threshold if mode == "argmax" else math.nan
+        at = threshold if mode == "argmax" and isinstance(threshold, float) else math.nan  # one for all gates
         found.append({"mode": mode, "threshold": at, "error": 100 - result["top1"], **values})
     model.gate_mode, model.threshold = usual
     return found

@@ -139,7 +139,8 @@ def curve(subjects: Iterable[Subject], thresholds: Sequence[float]) -> Part:
     for index, subject in enumerate(subjects):
         usual = subject.model.threshold
         if index == 0:
-            points = [("argmax", threshold) for threshold in sorted({*thresholds, usual})]
+            swept = sorted({*thresholds, usual}) if isinstance(usual, float) else [*sorted(thresholds), usual]
+            points = [("argmax", threshold) for threshold in swept]
             points += [(mode, 0.5) for mode in ("sample", "expected", "all")]
         else:
             points = [("argmax", usual), ("sample", 0.5)][: 2 if subject.model.num_gates else 1]

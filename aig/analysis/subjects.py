@@ -100,8 +100,10 @@ class Subject:
 
 def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
     """The network of a checkpoint in the gate mode, at the threshold and on the device of its flags."""
-    model = aig.load(flags.path).to(select_device(flags.device), memory_format=torch.channels_last)
-    model.gate_mode, model.threshold = flags.gate_mode, flags.threshold
+    model = aig.load(flags.path, flags.budget).to(select_device(flags.device), memory_format=torch.channels_last)
+    model.gate_mode = flags.gate_mode
+    if not flags.budget:
+        model.threshold = flags.threshold
     return model
 
 
