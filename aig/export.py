@@ -365,6 +365,7 @@ def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Draw) -> byt
     usual, trials = model.threshold, []
     if model.num_gates and model.gate_mode == "argmax":
         middle = decisions(model, draw()[1])[2].median(0).values + 100 * CLOSE  # (G,); some gates are constant
+        middle = middle.clamp(-EXTREME, EXTREME)
         odds = (torch.full_like(middle, -EXTREME), torch.full_like(middle, EXTREME), middle)
         trials = [torch.sigmoid(each.double()).tolist() for each in odds]
     for threshold in [*trials, usual]:

@@ -367,6 +367,13 @@ def test_gates_that_are_always_at_their_threshold_cannot_be_checked(small, tmp_p
     aig.export_onnx(small, tmp_path / "model.onnx", size=8)
 
 
+def test_gates_that_are_surer_than_any_threshold(small, tmp_path):
+    for block, bias in zip(small.blocks(), (-100.0, 100.0, 40.0), strict=True):
+        block.fc2.bias.data = torch.tensor([0, bias])
+    aig.export_onnx(small, tmp_path / "model.onnx", size=8)
+    assert aig.Session(tmp_path / "model.onnx")(draw(1, (8, 8)).numpy())[1].tolist() == [[0, 1, 1]]
+
+
 def test_images_near_a_threshold_are_drawn_anew(small, tmp_path, monkeypatch):
     score = export.decisions(small, draw(export.CHECKED, (8, 8)))[2][0, 0]  # of the first image to be drawn
     small.threshold = [torch.sigmoid(score.double()).item(), 0.5, 0.5]
