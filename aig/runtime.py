@@ -87,7 +87,7 @@ class OpenVino:
             self.requests.put(compiled.create_infer_request())
         entry = compiled.input(0)
         shape = [length.get_length() if length.is_static else 1 for length in entry.partial_shape]
-        # Once alone: its Python binding sets itself up in the first call, and two threads in there wait for each other
+        # Its Python binding sets itself up in the first call; two threads in there at once wait for each other forever
         self.run(np.zeros(shape, entry.element_type.to_dtype()))
 
     def metadata(self) -> dict[str, str]:
@@ -146,9 +146,10 @@ class Session:
         except Exception as error:  # engines have errors of their own
             reason = " ".join(str(error).split())[:120]
             raise ValueError(f"{name} cannot be read by {engine}: damaged or a foreign file ({reason})") from error
-        if PROGRAM not in metadata.get("program", ""):
-            raise ValueError(f"{name} was not written by aig.export_onnx")
-        self.metadata = {key: json.loads(text) for key, text in metadata.items() if key in METADATA}
+        try:
+            self.metadata = {key: json.loads(metadata[key]) for key in METADATA}
+        except (KeyError, ValueError):
+            raise ValueError(f"{name} was not written by aig.export_onnx, or by another version of it") from None
         self.classes, self.macs = self.metadata["classes"], self.metadata["macs"]
 
     def __call__(self, images: np.ndarray) -> Outputs:
@@ -172,13 +173,14 @@ class Session:
         return np.concatenate(logits), np.concatenate(gates)
 
     def check(self, images: np.ndarray) -> None:
+        """Raises ValueError unless the file takes these images."""
+        if not images.size:
+            raise ValueError("an empty batch: give at least one image")
         uint8, (height, width) = self.metadata["uint8"], self.metadata["image_size"]
         shape, kind = ("(N, H, W, 3)", "uint8") if uint8 else (f"(N, 3, {height}, {width})", "float32")
         fits = images.ndim == 4 and images.shape[1:] == ((*images.shape[1:3], 3) if uint8 else (3, height, width))
         if not fits or images.dtype != kind:
             raise ValueError(f"images {images.shape} {images.dtype}: this file takes {shape} {kind}")
-        if not images.size:
-            raise ValueError("an empty batch: give at least one image")
         if not uint8 and not np.isfinite(images).all():
             raise ValueError("images hold numbers that are not finite")
 
