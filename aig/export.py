@@ -441,7 +441,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     batch = 1 if args.batch == "1" else args.batch
     try:
         export_onnx(model, args.out, batch, args.size, args.uint8, args.licence, args.overwrite)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise InputError(str(error)) from error
     say(f"{args.out}: {args.out.stat().st_size:,} bytes; computes what the network does")
 

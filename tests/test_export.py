@@ -429,15 +429,17 @@ def test_the_command_writes_what_was_asked_for(run, tmp_path):
     ("flags", "message"),
     [
         (["--resume", "none"], "no checkpoint at none"),
-        (["--resume", RELEASED, "--budget", "0.6"], "has no thresholds of aig20-cifar10-jpeg.pth.tar for this budget"),
+        (["--resume", RELEASED, "--budget", "0.6"], "has no thresholds for this budget"),
         (["--resume", RELEASED, "--budget", "0.6", "--dense"], "not allowed with argument --budget"),
         (["--resume", RELEASED, "--batch", "2"], "invalid choice: '2'"),
         (["--resume", RELEASED, "--size", "4"], "4 must be at least 8"),
+        (["--resume", RELEASED, "--out", "x" * 300], "File name too long"),
+        (["--resume", RELEASED, "--out", ""], "it is a folder"),
         ([], "required: --resume"),
     ],
 )
 def test_an_error_of_the_command_is_one_line(flags, message, run, tmp_path):
-    status, out, err = run(export.main, *flags, "--out", tmp_path / "model.onnx")
+    status, out, err = run(export.main, "--out", tmp_path / "model.onnx", *flags)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert message in err
     assert not list(tmp_path.iterdir())
