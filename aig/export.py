@@ -78,10 +78,11 @@ class Graph:
         return helper.make_graph(self.nodes, self.name, [], infos, self.constants)
 
 
-def convolution(graph: Graph, conv: Convolution, x: str, out: str) -> str:
-    """conv(x), its BatchNorm included."""
+def convolution(graph: Graph, conv: Convolution, x: str, out: str, constants: Sequence[str] = ()) -> str:
+    """conv(x), its BatchNorm included. The names of weight and bias are given if they are in the file already."""
+    weight, bias = constants or (conv.weight, conv.bias)
     geometry = {"strides": conv.stride, "pads": [*conv.padding, *conv.padding], "group": conv.groups}
-    return graph.add("Conv", x, conv.weight, conv.bias, out=out, kernel_shape=list(conv.weight.shape[2:]), **geometry)
+    return graph.add("Conv", x, weight, bias, out=out, kernel_shape=list(conv.weight.shape[2:]), **geometry)
 
 
 def pool(graph: Graph, x: str, out: str) -> str:
@@ -129,15 +130,19 @@ def always(graph: Graph, block: ConditionalBlock, x: str, place: str) -> str:
 
 def one_image(graph: Graph, block: ConditionalBlock, x: str, pooled: str, is_open: str, place: str) -> tuple[str, str]:
     """A block as an `If`: its output, and the means of that, pooled in the branch because the data is at hand there."""
-    base = shortcut(graph, block, x, place)
     run, skip = Graph(f"{place}.run"), Graph(f"{place}.skip")
+    if block.shortcut is None:  # x is what a ReLU left, and its means are known
+        base, kept, means = x, skip.add("Identity", x), skip.add("Identity", pooled)
+    else:  # in both branches: ONNX Runtime before 1.23 aborts at a Conv whose output only an `If` takes
+        values = {"weight": block.shortcut.weight, "bias": block.shortcut.bias}
+        constants = [graph.constant(f"{place}.shortcut.{name}", value) for name, value in values.items()]
+        base, passed = (
+            convolution(branch, block.shortcut, x, f"{branch.name}.shortcut", constants) for branch in (run, skip)
+        )
+        kept = skip.add("Relu", passed)
+        means = pool(skip, kept, f"{place}.skip.pooled")
     total = run.add("Add", residual(run, block, x, place), base, out=f"{place}.sum")
     total = run.add("Relu", total, out=f"{place}.run")
-    if block.shortcut is None:  # x is what a ReLU left, and its means are known
-        kept, means = skip.add("Identity", x), skip.add("Identity", pooled)
-    else:
-        kept = skip.add("Relu", base)
-        means = pool(skip, kept, f"{place}.skip.pooled")
     graph.add(
         "If", is_open, out=[place, f"{place}.pooled"],
         then_branch=run.branch(total, pool(run, total, f"{place}.run.pooled")), else_branch=skip.branch(kept, means),

@@ -186,7 +186,7 @@ def test_a_block_is_one_if_and_its_threshold_is_a_constant_of_its_own(network, f
     model, _ = network("bottleneck")
     kinds, graph = nodes_of(file_of("bottleneck", 1))
     assert kinds.count("If") == model.num_gates == 3
-    assert kinds.count("Conv") == 1 + 3 + 3  # stem, the block without gate, the shortcuts
+    assert kinds.count("Conv") == 1 + 3  # stem and the block without gate, whose shortcut is the identity
     limits = [value for value in graph.initializer if value.name.endswith(".gate.threshold")]
     found = [onnx.numpy_helper.to_array(value).item() for value in limits]
     assert found == pytest.approx([export.log_odds(threshold) for threshold in model.threshold])
