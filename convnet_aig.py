@@ -129,6 +129,10 @@ class FoldedGate:
         h = torch.addmm(self.bias1, pooled, self.weight1, alpha=1 / pixels).relu_()  # (N, 16)
         return torch.addmm(self.bias2, h, self.weight2)
 
+    def linear_layers(self) -> list[tuple[Tensor, Tensor]]:
+        """The same for `aig.export_onnx`: weights (in, out) and biases of what follows the channels' means."""
+        return [(self.weight1, self.bias1), (self.weight2, self.bias2)]
+
 
 class GatedBlock(Gate):
     """A residual block behind its gate; subclasses build the branch and say in which order its `layers` run.

@@ -7,6 +7,8 @@
     cost = aig.count_macs(net, 32)                      # multiply-accumulates, part by part
     net = aig.gate(torchvision.models.resnet50())       # your own ResNet, with gates to be trained
     net.threshold = aig.calibrate(net, loader, 0.7)     # thresholds for 70 % of the dense net's computation
+    aig.export_onnx(net, "model.onnx")                  # a file that skips in ONNX Runtime and OpenVINO
+    session = aig.Session("model.onnx")                 # runs it, without PyTorch
 
 The names are imported when they are first used, so that nobody waits for what they do not use.
 """
@@ -16,14 +18,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+__version__ = "0.1.0"  # as in pyproject.toml
 PLACES = {
+    "Session": "aig.runtime",
     "accelerate": "aig.inference",
     "calibrate": "aig.budget",
     "count_macs": "aig.inference",
+    "export_onnx": "aig.export",
     "gate": "aig.networks",
     "load": "aig.networks",
 }
-__all__ = ["accelerate", "calibrate", "count_macs", "gate", "load"]
+__all__ = ["Session", "accelerate", "calibrate", "count_macs", "export_onnx", "gate", "load"]
 
 
 def __getattr__(name: str) -> Any:

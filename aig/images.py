@@ -47,8 +47,13 @@ def photo_transform(size: int, train: bool) -> Callable[[Image.Image], Tensor]:
     if train:
         crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     else:
-        crop = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        crop = [v2.Resize(photo_side(size)), v2.CenterCrop(size)]
     return v2.Compose([*crop, v2.PILToTensor()])
+
+
+def photo_side(size: int) -> int:
+    """Pixels of the short side of a photograph, as it is resized before its centre is cropped to `size`."""
+    return round(size * 256 / 224)
 
 
 class Normaliser:
@@ -92,6 +97,11 @@ class Preprocess:
     mean: Sequence[float]
     std: Sequence[float]
     photographs: bool
+
+    @property
+    def short_side(self) -> int:
+        """Of an image before its centre is cropped, in pixels."""
+        return photo_side(self.size) if self.photographs else self.size
 
     def pixels(self, image: Image.Image) -> Tensor:
         """The image as the network sees it, (3, size, size) uint8."""

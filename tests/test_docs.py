@@ -23,6 +23,7 @@ import train
 import train_img
 from aig import data
 from aig.analysis.__main__ import make_parser as make_analysis_parser
+from aig.export import make_parser as make_export_parser
 
 ROOT = Path(__file__).parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -129,7 +130,12 @@ def says(cell, default):
 
 @pytest.mark.parametrize(
     ("make_parser", "page"),
-    [(train.make_parser, "flags"), (train_img.make_parser, "flags"), (make_analysis_parser, "analysis")],
+    [
+        (train.make_parser, "flags"),
+        (train_img.make_parser, "flags"),
+        (make_analysis_parser, "analysis"),
+        (make_export_parser, "inference"),
+    ],
 )
 def test_the_table_has_every_flag_with_its_default(make_parser, page):
     cells = {flag: cell for flags, cell in rows(DOCS / f"{page}.md") for flag in flags}
@@ -144,8 +150,9 @@ def test_the_table_has_every_flag_with_its_default(make_parser, page):
 def test_the_table_has_no_flag_that_is_gone():
     known = {flag for module in (train, train_img) for flag in module.make_parser()._option_string_actions}
     assert {flag for flags, _ in rows(DOCS / "flags.md") for flag in flags} <= known
-    known = make_analysis_parser()._option_string_actions.keys()
-    assert {flag for flags, _ in rows(DOCS / "analysis.md") for flag in flags} <= known
+    for make_parser, page in ((make_analysis_parser, "analysis"), (make_export_parser, "inference")):
+        known = make_parser()._option_string_actions.keys()
+        assert {flag for flags, _ in rows(DOCS / f"{page}.md") for flag in flags} <= known
 
 
 def anchors(page):
@@ -238,11 +245,19 @@ def test_the_short_commands_of_a_page_run_in_their_order(page, checkout):
 
 
 @pytest.mark.parametrize("page", [README, DOCS / "inference.md"], ids=name_of)
-def test_python_on_a_page_runs(page, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_python_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    for name in ("docs", "results"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)  # where an exported file goes
+    if page != README:
+        pytest.importorskip("onnxruntime")
     names = {}
     for snippet in snippets(page):
         exec(snippet, names)
+    if page != README:
+        printed = capsys.readouterr().out.splitlines()[-3:]
+        assert printed[0].startswith("docs/images/dog.jpg: dog ")
+        assert all(f"    {line}\n" in page.read_text() for line in printed)
     images, fast = names["x" if page == README else "images"], names["fast"]
     gates = torch.stack(names["gates"], dim=1)
     assert torch.equal(gates, torch.stack(fast(images)[1], dim=1))
@@ -272,6 +287,7 @@ def replace_lines(lines, count):
 
 @pytest.mark.slow
 def test_extending_by_a_gate(checkout):
+    pytest.importorskip("onnxruntime")
     checkout.edit("convnet_aig.py", lambda text: text.replace("class GatedBlock", f"{GATE}\n\nclass GatedBlock", 1))
     checkout.edit("convnet_aig.py", replace_lines(GATE_LINES, len("GATE_LAYERS")))
     training, testing = (words for words in commands(DOCS / "extending.md") if any("linear-gate" in w for w in words))
@@ -284,7 +300,8 @@ def test_extending_by_a_gate(checkout):
         "with torch.no_grad(): (a, g), (b, h) = net(x), aig.accelerate(net)(x)\n"
         "opened = torch.stack(g); assert 0 < opened.mean() < 1 and torch.equal(opened, torch.stack(h))\n"
         "torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)\n"
-        "assert aig.count_macs(net, 8).gates == (16, 16, 32)"
+        "assert aig.count_macs(net, 8).gates == (16, 16, 32)\n"
+        "aig.export_onnx(net, 'linear-gate.onnx', 'any', 8)"
     ))
 
 
