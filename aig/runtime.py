@@ -12,7 +12,7 @@ import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
@@ -74,11 +74,17 @@ class OnnxRuntime:
         return tuple(self.session.run(["logits", "gates"], {self.input: images}))
 
 
+@cache
+def openvino_core() -> Any:
+    """The one core of this process, never unloaded: that would leave the stack for signal handlers in freed memory."""
+    return require("openvino").Core()
+
+
 class OpenVino:
     """A file in OpenVINO, on the CPU, in float32. Arguments as of `OnnxRuntime`."""
 
     def __init__(self, source: str | bytes, cores: int, streams: int) -> None:
-        core = require("openvino").Core()
+        core = openvino_core()
         self.model = core.read_model(source)
         hints = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": cores}
         compiled = core.compile_model(self.model, "CPU", hints)  # by itself it takes bfloat16 on some machines

@@ -1,5 +1,6 @@
 """A session runs an exported file without torch, any number of images in their order, and says what does not fit."""
 
+import gc
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -233,3 +234,14 @@ def test_a_file_that_does_not_say_how_images_are_made(model, tmp_path, monkeypat
     aig.export_onnx(model, tmp_path / "model.onnx", size=SIZE)
     with pytest.raises(ValueError, match="does not say how its images are made"):
         aig.Session(tmp_path / "model.onnx").preprocess(Image.new("RGB", (9, 9)))
+
+
+def test_the_core_of_openvino_is_one_and_stays_when_sessions_go(file_of):
+    """Unloaded, it leaves the stack for signal handlers in freed memory: a later signal ends the process."""
+    pytest.importorskip("openvino")
+    aig.Session(file_of(), "openvino")
+    core = runtime.openvino_core()
+    gc.collect()
+    aig.Session(file_of(), "openvino")
+    assert runtime.openvino_core() is core
+    assert runtime.openvino_core.cache_info().misses == 1
