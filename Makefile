@@ -20,10 +20,12 @@ demo: $(VENV)/installed
 	$(BIN)/python train.py --test --resume runs/demo
 
 test: $(VENV)/installed
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not engine"
+	$(PYTEST) -m "not slow and engine"
 
 test-all: $(VENV)/installed
-	$(PYTEST)
+	$(PYTEST) -m "not engine"
+	$(PYTEST) -m engine
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -244,6 +244,7 @@ def test_the_short_commands_of_a_page_run_in_their_order(page, checkout):
         assert json.loads((checkout.path / "runs/digits/test.json").read_text()).keys() == {"argmax", "argmax@0.7"}
 
 
+@pytest.mark.engine
 @pytest.mark.parametrize("page", [README, DOCS / "inference.md"], ids=name_of)
 def test_python_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
     for name in ("docs", "results"):

@@ -17,6 +17,8 @@ from aig import export, images, runtime  # noqa: E402
 from aig.inference import count_macs  # noqa: E402
 from convnet_aig import BasicBlock, Bottleneck, FoldedGate, ResNet_cifar, ResNet_ImageNet  # noqa: E402
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parent.parent
 RELEASED = ROOT / "results" / "model" / "aig20-cifar10-jpeg.pth.tar"
 NETWORKS = {  # how to build it, and the height and width of its images

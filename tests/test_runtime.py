@@ -19,6 +19,8 @@ from aig import runtime  # noqa: E402
 from aig.images import Preprocess  # noqa: E402
 from convnet_aig import BasicBlock, ResNet_cifar  # noqa: E402
 
+pytestmark = pytest.mark.engine
+
 ROOT = Path(__file__).parent.parent
 SIZE = 8
 
