@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from steps import unsettle_norms
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -41,12 +42,7 @@ def trained(build, size):
     """A network as if after training, with the threshold of each gate at the median of P(open) over random images."""
     torch.manual_seed(0)
     model = build()
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            torch.nn.init.uniform_(module.weight, 0.5, 1)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
+    unsettle_norms(model)
     for block in model.blocks():
         if block.gated:
             torch.nn.init.normal_(block.fc1.weight, 0, 4 / block.fc1.in_channels**0.5)

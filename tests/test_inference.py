@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from steps import unsettle_norms
 from torch.utils.flop_counter import FlopCounterMode
 
 import convnet_aig
@@ -25,12 +26,7 @@ CERTAIN = 1e4
 def unsettle(model):
     """Statistics, weights and gates as if after training: nothing at its initial value, gates far from sure."""
     torch.manual_seed(1)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, 0, 0.1)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-            torch.nn.init.uniform_(module.weight, 0.5, 1)
-            torch.nn.init.normal_(module.bias, 0, 0.1)
+    unsettle_norms(model)
     for block in model.blocks():
         if block.gated:
             torch.nn.init.normal_(block.fc2.weight, 0, 2)
