@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks timm onnx onnxruntime openvino
+TOOLS := pytest pytest-xdist hypothesis ruff import-linter torchattacks timm tensorboard onnx onnxruntime openvino
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 .PHONY: demo test test-all lint clean

@@ -15,19 +15,21 @@ from torch import nn
 from aig import checkpoint as files
 from aig import dashboard, distributed, environment, evaluation, networks, runs
 from aig.budget import find_thresholds, make_budget
-from aig.console import InputError, Parser, experiment_name, number, say
+from aig.console import InputError, Parser, experiment_name, number, one_or_several, say
 from aig.data import Batching, Choice, Loaders, open_loaders
 from aig.engine import AMP, Recipe, fit, make_optimizer
 from aig.losses import Objective
 from aig.networks import Pretrained
 from aig.state import State, enter_epoch, restore
+from aig.tensorboard import TensorBoard
 from aig.terms import Distillation
-from convnet_aig import GATE_MODES, AdaptiveResNet
+from convnet_aig import GATE_MODES, AdaptiveResNet, check_thresholds
 
 AUTO = "auto"
 # flags of one call, never taken over from a checkpoint
 PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
-PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "workers")
+PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "tensorboard")
+PER_CALL += ("workers",)
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
 IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
 BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # provisional: benchmarks/pilot.py is to confirm them
@@ -67,6 +69,7 @@ def add_run_flags(run: argparse._ArgumentGroup) -> None:
                      help="only algorithms that repeat exactly; else an error")
     run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
     dashboard.add_visdom_flags(run)
+    run.add_argument("--tensorboard", action="store_true", help="write the records to the run folder for TensorBoard")
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
     run.add_argument("--log-interval", type=positive, default=20, help="steps between refreshes of the progress bar")
 
@@ -83,8 +86,9 @@ def add_training_flags(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
     training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
-    training.add_argument("--stochastic-depth", type=probabilities, default=0, metavar="P[,P,...]",
-                          help="drop branches with this probability, one for all or one a block, in nets without gates")
+    training.add_argument("--stochastic-depth", type=one_or_several(number(float, 0, below=1)), default=0,
+                          metavar="P[,P,...]", help="drop branches with this probability, one for all or one "
+                          "a block, in nets without gates")
 
 
 def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
@@ -117,12 +121,6 @@ def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
                        help="softens the outputs of teacher and student")
 
 
-def probabilities(text: str) -> float | list[float]:
-    """An argparse type: a number in [0, 1), or several with commas."""
-    values = [number(float, 0, below=1)(part) for part in text.split(",")]
-    return values if len(values) > 1 else values[0]
-
-
 def add_speed_flags(speed: argparse._ArgumentGroup) -> None:
     switch = argparse.BooleanOptionalAction
     speed.add_argument("--amp", default="off", choices=AMP, help="mixed precision; gates and losses stay in float32")
@@ -138,8 +136,9 @@ def add_evaluation_flags(evaluation: argparse._ArgumentGroup) -> None:
     positive = number(int, 1)
     evaluation.add_argument("--test", action="store_true", help="evaluate the --resume checkpoint and stop")
     evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
-    evaluation.add_argument("--threshold", type=number(float, above=0, below=1), default=0.5, metavar="P",
-                            help="gate mode argmax opens a gate where P(open) is above this")
+    evaluation.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), default=0.5,
+                            metavar="P[,P,...]", help="gate mode argmax opens a gate where P(open) is above this, "
+                            "one for all or one a gate")
     evaluation.add_argument("--dense", action="store_true",
                             help="--test: compute every branch and mask it, instead of running only the open ones")
     evaluation.add_argument("--test-size", type=positive, metavar="N",
@@ -163,7 +162,7 @@ def parse(
     if args.resume == AUTO:
         find_resumable(args, given)
     if args.resume:
-        names = (runs.BEST, runs.CHECKPOINT) if args.test else (runs.CHECKPOINT,)
+        names = files.TRAINED if args.test else (runs.CHECKPOINT,)
         args.resume = given["resume"] = str(files.checkpoint_in(args.resume, *names))
     if not args.resume:
         check_flags(args, given)
@@ -217,8 +216,9 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
         raise InputError("--dense is for --test: training computes every branch anyway")
     if (args.test_size or args.reestimate_bn) and not args.test:
         raise InputError(f"{'--test-size' if args.test_size else '--reestimate-bn'} is for --test: add it")
-    if args.test and args.visdom:
-        raise InputError("--visdom shows a training: leave it out with --test")
+    if args.test and (args.visdom or args.tensorboard):
+        shows = "--visdom" if args.visdom else "--tensorboard"
+        raise InputError(f"{shows} shows a training: leave it out with --test")
     steps = [name for name in ("milestones", "lrdecay") if name in given]
     if steps and args.lr_schedule == "cosine":
         raise InputError(f"--{steps[0]} is for --lr-schedule step: a cosine has no steps")
@@ -292,6 +292,8 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
         if own and own.get(name, usual) != vars(args)[name]:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} is decided when a run begins: start a new one with --pretrained {args.resume}")
+    if Path(args.resume).name == files.WEIGHTS:
+        raise InputError(f"{args.resume} keeps no state of a training: start a new run with --pretrained")
     if given.get("pretrained"):
         raise InputError("--pretrained starts a new run: it does not go with --resume")
     folder = run_folder(args, checkpoint)
@@ -444,12 +446,18 @@ def prepare(
         environment.make_deterministic()
     if args.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.tf32
+    try:
+        check_thresholds(args.threshold, model.num_gates)
+    except ValueError as error:
+        raise InputError(f"--threshold: {error}") from error
     model.gate_mode, model.threshold = args.gate_mode, args.threshold
 
 
 def result_key(args: argparse.Namespace) -> str:
     """The name of a result in test.json: the gate mode, and what is not its default."""
-    threshold = f"@{args.threshold:g}" if args.gate_mode == "argmax" and args.threshold != 0.5 else ""
+    thresholds = args.threshold if isinstance(args.threshold, list) else [args.threshold]
+    usual = args.gate_mode != "argmax" or args.threshold == 0.5
+    threshold = "" if usual else f"@{','.join(f'{value:g}' for value in thresholds)}"
     threshold = f"@budget={args.budget:g}" if args.budget else threshold
     return args.gate_mode + threshold + "+bn" * args.reestimate_bn
 
@@ -524,19 +532,19 @@ def run_training(
         save_every=60 * (args.checkpoint_minutes or math.inf),
         world=world,
     )
+    boards: list[Any] = [TensorBoard(folder)] if args.tensorboard and world.is_main else []
     if (before := own.get("epochs")) and recipe.epochs > before and vars(args).get("milestones", 0) is None:
         say(f"the run was of {before} epochs: the learning rate keeps its milestones; give others with --milestones")
     with runs.start_run(started) as run:
         if args.start_epoch > recipe.last:
             say(f"epoch {recipe.last} is done already; ask for more with --epochs")
             return
-        board: Any = dashboard.NullDashboard()
         if args.visdom and world.is_main:
-            board = dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env)
+            boards.append(dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env))
         say(opening_line(folder, loaders, model, args.start_epoch, recipe.last))
         if recipe.fine_tunes and not checkpoint:
             say(before_training(loaders, model, recipe))
-        fit(state, train, loaders.val, recipe, run, board)
+        fit(state, train, loaders.val, recipe, run, dashboard.Boards(*boards))
         best = f"best top-1 {state.best:.2f} %" if state.best >= 0 else "target rates are still coming down, the newest"
         say(f"{best}: {folder / runs.BEST}")
         if recipe.last < recipe.epochs:

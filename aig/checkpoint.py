@@ -6,6 +6,7 @@ checksum, and keys, shapes and types are compared before anything is copied.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 import zipfile
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from aig.console import InputError
+from aig.runtime import PROGRAM
 from convnet_aig import GATE_LAYERS
 
 CHECKPOINT, BEST, TEST = "checkpoint.pth.tar", "model_best.pth.tar", "test.json"  # of a run folder
+CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model folder, see `aig.folders`
+TRAINED = (BEST, CHECKPOINT, WEIGHTS)  # of a folder, what to take for its trained network
 KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float), "is_best": (bool,), "sums": (dict,)}
 MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would read nothing
 
@@ -28,7 +32,7 @@ MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would re
 
 
 def checkpoint_in(path: str | Path, *names: str) -> Path:
-    """The path of a checkpoint: itself, or for a run folder the first of these files that is in it.
+    """The path of a checkpoint: itself, or for a folder the first of these files that is in it.
 
     Raises:
         InputError: if the folder holds none of them.
@@ -48,13 +52,15 @@ def checkpoint_in(path: str | Path, *names: str) -> Path:
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint of this program or of the original, onto the CPU, without running code from it.
 
+    The weights of a model folder come with what its config.json says, as if they were a checkpoint.
+
     Returns:
         Its dict, with the prefixes `module.` and `_orig_mod.` taken off the keys of `state_dict`.
 
     Raises:
         InputError: if the file is missing, damaged, or holds something else.
     """
-    checkpoint = load_safely(path)
+    checkpoint = read_model(Path(path)) if Path(path).suffix == Path(WEIGHTS).suffix else load_safely(path)
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
         raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
     checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
@@ -82,6 +88,45 @@ def check_args(args: Any, path: str | Path) -> None:
         fit = False
     if not fit:
         raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")
+
+
+def read_model(path: Path) -> dict:
+    """The weights of a model folder and what its config.json says of them, as a checkpoint. Raises InputError."""
+    config = config_beside(path)
+    if config is None:
+        raise InputError(f"{path} has no {CONFIG} of {PROGRAM} beside it: give a folder that aig.save wrote")
+    flags = config.get("flags", {})
+    args = {**flags, **config} if isinstance(flags, dict) else None  # the one check for all: `check_args`
+    done = config.get("epochs_done")
+    epoch = {"epoch": done + 1} if type(done) is int else {}  # a checkpoint holds the next one
+    return {**epoch, "state_dict": read_safetensors(path), "args": args}
+
+
+def config_beside(path: Path) -> dict | None:
+    """What the config.json in the folder of a file says; None if there is none, or another program's.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    file = path.with_name(CONFIG)
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error})") from error
+    return config if isinstance(config, dict) and config.get("library_name") == PROGRAM else None
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file. Raises InputError if it cannot be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error})") from error
 
 
 def load_safely(path: str | Path) -> Any:

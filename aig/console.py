@@ -196,6 +196,16 @@ def number(
     return convert
 
 
+def one_or_several(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type: a value, or a list of several with commas between them."""
+
+    def convert(text: str) -> Any:
+        values = [kind(part) for part in text.split(",")]
+        return values if len(values) > 1 else values[0]
+
+    return convert
+
+
 def experiment_name(text: str) -> str:
     """An argparse type: the name of one folder."""
     if text in ("", ".", "..") or Path(text).name != text or len(text.encode()) > 200:

@@ -270,11 +270,16 @@ def windows_in(folder: Path, records: Sequence[dict]) -> dict[str, Window]:
 # ---------------------------------------------------------------------------------------------- visdom
 
 
-class NullDashboard:
-    """The dashboard of a run without `--visdom`: it draws nothing."""
+class Boards:
+    """All that shows a run, if anything does."""
+
+    def __init__(self, *boards: Any) -> None:
+        self.boards = boards
 
     def update(self, records: list[dict]) -> None:
-        pass
+        """Tells each of them of the records so far."""
+        for board in self.boards:
+            board.update(records)
 
 
 class Dashboard:
@@ -359,13 +364,13 @@ class Dashboard:
             raise InputError(f"{self.url} asks for a login: check VISDOM_USERNAME and VISDOM_PASSWORD")
 
 
-def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | NullDashboard:
+def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | Boards:
     """The dashboard of a run. If visdom is not installed, it warns and returns one that draws nothing."""
     try:
         return Dashboard(folder, server, port, env)
     except InputError as error:
         warn(f"--visdom: {error}")
-        return NullDashboard()
+        return Boards()
 
 
 # ---------------------------------------------------------------------------------------------- matplotlib

@@ -2,6 +2,7 @@
 
     python -m aig.export --resume runs/NAME --out model.onnx                 # for single images: each block is an `If`
     python -m aig.export --resume runs/NAME --out model.onnx --batch any     # open rows are gathered and scattered
+    python -m aig.export --resume runs/NAME --folder DIR                     # not ONNX: a model folder, see aig.folders
 
 The graph is written node by node from the folded network of `aig.accelerate`, under the names of the network's modules.
 `aig.runtime` runs the file.
@@ -23,8 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import aig
+from aig import folders
 from aig.budget import EXTREME, recorded_scores
-from aig.console import InputError, Parser, number, run_command, say
+from aig.console import InputError, Parser, number, one_or_several, run_command, say
 from aig.images import Normaliser, Preprocess
 from aig.inference import Accelerated, ConditionalBlock, Convolution, count_macs
 from aig.networks import load
@@ -421,14 +423,16 @@ def compare(session: Session, given: np.ndarray, logits: Tensor, gates: Tensor) 
 def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.export", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", required=True, metavar="RUN", help="the checkpoint or run folder (its best model)")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help="the file to write, such as model.onnx")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--out", type=Path, metavar="FILE", help="the file to write, such as model.onnx")
+    target.add_argument("--folder", type=Path, metavar="DIR", help="the model folder to write instead, see aig.folders")
     parser.add_argument("--batch", choices=("1", "any"), default="1", help="how many images the file takes at a time")
     parser.add_argument("--size", type=number(int, 8, 4096), metavar="PIXELS",
                         help="height and width of the images (default: as in training)")
     parser.add_argument("--uint8", action="store_true",
                         help="take pixels of images of any size; to resize and normalise them is part of the file")
     decides = parser.add_mutually_exclusive_group()
-    decides.add_argument("--threshold", type=number(float, above=0, below=1), metavar="P",
+    decides.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), metavar="P[,P,...]",
                          help="gates open where P(open) is above this (default: as the checkpoint records it)")
     decides.add_argument("--budget", type=number(float, above=0, below=1), metavar="B",
                          help="take the thresholds that --test --budget B found")
@@ -439,12 +443,19 @@ def make_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, given = parser.parse_args(argv), parser.given(argv)
+    if of_file := [name for name in ("batch", "size", "uint8", "dense") if args.folder and name in given]:
+        raise InputError(f"--{of_file[0]} is about an ONNX file: leave it out with --folder")
     model = load(args.resume, args.budget)
     model.threshold = args.threshold or model.threshold
     model.gate_mode = "all" if args.dense else model.gate_mode
     batch = 1 if args.batch == "1" else args.batch
     try:
+        if args.folder:
+            folders.save(model, args.folder, args.resume, args.licence, args.overwrite)
+            say(f"{args.folder}: a model folder; aig.load reads it")
+            return
         export_onnx(model, args.out, batch, args.size, args.uint8, args.licence, args.overwrite)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(str(error)) from error

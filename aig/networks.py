@@ -1,6 +1,6 @@
 """Networks that exist already: rebuilt from a file, given gates, as the start of a training, as its teacher.
 
-    net = aig.load("runs/NAME")             # a run folder or a checkpoint; only keys and shapes in the file count
+    net = aig.load("runs/NAME")             # a run folder, a checkpoint, a model folder, a name on the Hugging Face Hub
     net = aig.gate(torchvision.models.resnet50(weights="DEFAULT"))
 
 Weights of torchvision and timm come under their names and leave under ours: `downsample` is `shortcut`, `fc` is
@@ -22,14 +22,17 @@ from torch import Tensor, nn
 
 from aig import distributed
 from aig.checkpoint import (
-    BEST,
-    CHECKPOINT,
+    CONFIG,
     TEST,
+    TRAINED,
+    WEIGHTS,
     checkpoint_in,
+    config_beside,
     is_state_dict,
     load_checkpoint,
     load_safely,
     load_weights,
+    read_safetensors,
     recorded,
     without_prefixes,
 )
@@ -50,6 +53,7 @@ from convnet_aig import (
 
 OPEN = 0.95  # of new gates of a trained network; at the paper's 0.87 a sample of 16 blocks would lose two of them
 TORCHVISION = "torchvision"
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner and name
 PLAIN = re.compile(r"(conv1|bn1|fc|linear|layer[1-4]\.\d+\.(conv[123]|bn[123]|(downsample|shortcut)\.[01]))")
 WITHOUT_WEIGHTS = (nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d, nn.Flatten, nn.MaxPool2d)  # of a plain ResNet
 
@@ -58,64 +62,114 @@ WITHOUT_WEIGHTS = (nn.ReLU, nn.Identity, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Ma
 
 
 def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
-    """The trained network of a checkpoint, or of a run folder (its best model), on the CPU, in eval mode.
+    """The trained network of a checkpoint, a run folder (its best model) or a model folder, on the CPU, in eval mode.
 
     It is rebuilt from the keys and shapes in the file, so the original's files load, too. Beside the network's own
     attributes it has `classes`, the names of its K classes (numbers if the file records none), and `preprocess`, which
     makes its input (3, H, W) of a PIL image of any size.
 
     Args:
+        path: where it is, or OWNER/NAME on the Hugging Face Hub.
         budget: take the thresholds that `--test --budget` found for this part of the dense net's multiply-accumulates.
 
     Raises:
         InputError: if there is no such file, it holds no ConvNet-AIG, or no thresholds were found for the budget.
     """
-    file = checkpoint_in(path, BEST, CHECKPOINT)
+    file = checkpoint_in(fetched(path), *TRAINED)
     checkpoint = load_checkpoint(file)
     own = recorded(checkpoint)
     model = rebuild(checkpoint["state_dict"], own.get("block_rates"), file)
+    if own.get("architecture", found := architecture(model)) != found:
+        raise InputError(f"{file} holds another network than the {CONFIG} beside it describes")
     num_classes = model.linear.out_features
     model.classes = own.get("classes") or [str(index) for index in range(num_classes)]
     if len(model.classes) != num_classes:
         raise InputError(f"{file} names {len(model.classes)} classes, but its network has {num_classes}")
     photographs = isinstance(model, ResNet_ImageNet)
     source = DATASETS.get(str(own.get("dataset", "cifar10")), DATASETS["cifar10"])
-    size = own.get("image_size", 224) if photographs else source.size
+    size = own.get("image_size", 224 if photographs else source.size)
     usual = IMAGENET_STATISTICS if photographs else source.statistics or IMAGENET_STATISTICS
     mean, std = (own["mean"], own["std"]) if "mean" in own else usual
     if type(size) is not int or not 8 <= size <= 4096:
         raise InputError(f"{file}: its image_size is malformed; not a checkpoint of this program")
     model.preprocess = Preprocess(size, mean, std, photographs)
-    model.threshold = recorded_threshold(own)
+    model.threshold = recorded_threshold(own, model.num_gates)
     if budget is not None:
-        model.threshold = calibrated_thresholds(file, checkpoint, budget, model.num_gates)
+        known = budgets_of(file, checkpoint)
+        if f"{budget:g}" not in known:
+            how = f"run --test --budget {budget:g} first"
+            raise InputError(f"no thresholds for this budget of {file} as it is now were found: {how}")
+        model.threshold = known[f"{budget:g}"]
+        try:
+            check_thresholds(model.threshold, model.num_gates)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the thresholds kept for the budget {budget:g} of {file} are unfit: {error}") from error
     return model.eval()
 
 
-def recorded_threshold(own: dict[str, Any]) -> float:
+def fetched(path: str | Path) -> Path:
+    """The path, or if there is nothing, and it is a name on the Hugging Face Hub, where that model is kept now.
+
+    Raises:
+        InputError: if it cannot be had.
+    """
+    path = Path(path)
+    if not HUB_NAME.fullmatch(str(path)) or path.parent.exists():
+        return path
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        extra = 'pip install "convnet-aig[hub]"'
+        raise InputError(f"nothing is at {path}; if that is a name on the Hugging Face Hub, {extra}") from None
+    try:
+        return Path([hf_hub_download(str(path), name) for name in (CONFIG, WEIGHTS)][-1])
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"nothing is at {path}, nor can it be had from the Hugging Face Hub ({reason})") from error
+
+
+def architecture(model: AdaptiveResNet) -> dict[str, Any]:
+    """What a config.json says of the structure of a network."""
+    blocks = list(model.blocks())
+    return {
+        "network": type(model).__name__,
+        "block": type(blocks[0]).__name__,
+        "stages": list(model.stages),
+        "gated": [block.gated for block in blocks],
+        "parameters": sum(value.numel() for value in model.parameters()),
+    }
+
+
+def recorded_threshold(own: dict[str, Any], num_gates: int) -> float | list[float]:
     threshold = own.get("threshold", 0.5)
-    return threshold if isinstance(threshold, float) and 0 < threshold < 1 else 0.5
-
-
-def calibrated_thresholds(file: Path, checkpoint: dict, budget: float, num_gates: int) -> float | list[float]:
-    """The thresholds that test.json beside a checkpoint keeps for a budget. Raises InputError if there are none."""
-    path, key = file.with_name(TEST), f"argmax@budget={budget:g}"
     try:
-        result = json.loads(path.read_text()).get(key)
-    except FileNotFoundError:
-        result = None
-    except (OSError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: move it away") from error
-    epoch = checkpoint.get("epoch")
+        check_thresholds(threshold, num_gates)
+    except (TypeError, ValueError):
+        return 0.5
+    return threshold
+
+
+def results_of(file: Path, checkpoint: dict) -> dict[str, dict[str, Any]]:
+    """What test.json beside a checkpoint says of it as it is now, by gate mode. Raises InputError if it is damaged."""
+    path, epoch = file.with_name(TEST), checkpoint.get("epoch")
     now = {"checkpoint": file.name, "epoch": epoch - 1 if isinstance(epoch, int) else None}
-    if not result or any(result.get(name) != value for name, value in now.items()):
-        how = f"run --test --budget {budget:g} first"
-        raise InputError(f"{path} has no thresholds for this budget of {file.name} as it is now: {how}")
     try:
-        check_thresholds(result["threshold"], num_gates)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: the threshold of {key} is unfit: {error}") from error
-    return result["threshold"]
+        results = json.loads(path.read_text())
+        return {key: result for key, result in results.items() if {**now, **result} == {**result, **now}}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise InputError(f"{path} is damaged: move it away") from error
+
+
+def budgets_of(file: Path, checkpoint: dict) -> dict[str, float | list[float]]:
+    """The thresholds known for budgets, as text: of a model folder's config, and of `results_of`."""
+    known, start = recorded(checkpoint).get("budgets", {}), "argmax@budget="
+    tested = {key: result for key, result in results_of(file, checkpoint).items() if key.startswith(start)}
+    try:
+        return {**known, **{key.removeprefix(start): result["threshold"] for key, result in tested.items()}}
+    except (TypeError, KeyError) as error:
+        raise InputError(f"the budgets known of {file} are damaged: test it anew, with --test --budget") from error
 
 
 def rebuild(state: dict[str, Tensor], rates: Sequence[float] | None, source: str | Path) -> AdaptiveResNet:
@@ -323,8 +377,8 @@ def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
     """Weights to start from, or of a teacher.
 
     Args:
-        source: a checkpoint of ours, a run folder (its best model), a file of torchvision or timm (.pth or
-            .safetensors), or "torchvision[:NAME]" for torchvision's weights NAME, IMAGENET1K_V1 by default.
+        source: a checkpoint of ours, a run folder (its best model), a model folder, a file of torchvision or timm
+            (.pth or .safetensors), or "torchvision[:NAME]" for torchvision's weights NAME, IMAGENET1K_V1 by default.
         arch: torchvision's name of the net, such as "resnet50".
 
     Raises:
@@ -332,8 +386,11 @@ def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
     """
     if source.partition(":")[0] == TORCHVISION:
         return Pretrained(source, our_names(download(source, arch)))
-    file = checkpoint_in(source, BEST, CHECKPOINT)
-    found = read_safetensors(file) if file.suffix == ".safetensors" else load_safely(file)
+    file = checkpoint_in(source, *TRAINED)
+    if file.suffix != Path(WEIGHTS).suffix:
+        found = load_safely(file)
+    else:
+        found = load_checkpoint(file) if config_beside(file) else read_safetensors(file)
     state = found.get("state_dict", found) if isinstance(found, dict) else found
     if not is_state_dict(state):
         raise InputError(f"{source} holds no state_dict of tensors: not a ResNet of ours, torchvision or timm")
@@ -360,17 +417,6 @@ def download(source: str, arch: str | None) -> dict[str, Tensor]:
         raise InputError(f"{source}: cannot download the weights ({error})") from error
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file. Raises InputError if it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error})") from error
-
-
 def fingerprint(source: str) -> str | None:
     """The SHA-256 of the file behind `source`; None for torchvision's, which are checked when they are fetched.
 
@@ -379,7 +425,7 @@ def fingerprint(source: str) -> str | None:
     """
     if source.partition(":")[0] == TORCHVISION:
         return None
-    file = checkpoint_in(source, BEST, CHECKPOINT)
+    file = checkpoint_in(source, *TRAINED)
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:
@@ -396,7 +442,7 @@ def load_teacher(pretrained: Pretrained, loader: Loader, device: torch.device | 
     """
     source, own = pretrained.source, pretrained.args
     model = rebuild(pretrained.state, own.get("block_rates"), source)
-    model.threshold = recorded_threshold(own)
+    model.threshold = recorded_threshold(own, model.num_gates)
     if len(loader.classes) != model.linear.out_features:
         known = model.linear.out_features
         raise InputError(f"the teacher {source} knows {known} classes, but the images have {len(loader.classes)}")

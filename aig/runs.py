@@ -6,6 +6,7 @@
     runs/NAME/metrics.jsonl           one record an epoch
     runs/NAME/gates_by_class.npy      above 100 classes: the newest classes x blocks matrix
     runs/NAME/test.json               what `--test` measured
+    runs/NAME/tensorboard/            with --tensorboard: the records as events
     runs/NAME/log.txt                 what was printed, with times, and at the end why the run ended
 
 Every file is replaced only by a whole one that is on the disk.
@@ -19,6 +20,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +38,7 @@ from aig.distributed import ALONE, World
 from aig.environment import without_empty_folders
 
 ARGS, METRICS, MATRIX, LOG = "args.json", "metrics.jsonl", "gates_by_class.npy", "log.txt"
+EVENTS = "tensorboard"
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # each of them makes a folder one that holds a run
 LOCK = ".lock"
 PATIENCE = 10  # seconds to wait for a run folder; the image workers of a killed process keep it for 5
@@ -256,6 +259,7 @@ class Run:
             self.begun = True
             for name in RUN_FILES:
                 (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / EVENTS, ignore_errors=True)
             if not history.target:  # the log there belongs to the run that is replaced
                 (self.folder / LOG).unlink(missing_ok=True)
                 write_log(self.folder)

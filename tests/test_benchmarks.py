@@ -8,8 +8,7 @@ import pytest
 import torch
 from steps import RECIPE, Batches, small_net, train
 
-import aig
-from benchmarks import release, timing, train_step
+from benchmarks import timing, train_step
 
 CPU = torch.device("cpu")
 
@@ -50,17 +49,3 @@ def test_training_steps_are_compared(run, monkeypatch):
     assert steps.keys() == {
         "AIG, eager", "without gates, eager", "AIG, contiguous", "without gates, contiguous", "original's way"}
     assert all(len(each["seconds"]) == 1 for each in steps.values())
-
-
-def test_a_released_checkpoint_is_small_and_the_same_network(run, tmp_path):
-    model, file = small_net(), tmp_path / "small.pth.tar"
-    content = {"state_dict": model.state_dict(), "optimizer": {"state": torch.zeros(10_000)}, "epoch": 3}
-    torch.save(content, tmp_path / "checkpoint")
-    status, out, _ = run(release.main, tmp_path / "checkpoint", file)
-    assert (status, out) == (0, f"{file}: {file.stat().st_size:,} bytes\n")
-    assert torch.load(file).keys() == {"epoch", "state_dict"}
-    for name, value in aig.load(file).state_dict().items():
-        assert torch.equal(value, model.state_dict()[name])
-    status, _, err = run(release.main, tmp_path / "checkpoint", file)
-    assert status == 2
-    assert "is there already" in err

@@ -269,6 +269,15 @@ def test_python_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
     assert (names["cost"].executed(gates) < names["cost"].dense).any()
 
 
+def test_sharing_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    for snippet in snippets(DOCS / "sharing.md"):
+        exec(snippet, names)
+    assert names["net"].num_gates == 9
+    assert names["new"].target_rates == [0.6] * 16
+
+
 # ---------------------------------------------------------------------------------------------- extending.md
 
 GATE, GATE_LINES, BACKBONES, DATASET, LOSS_LINES = snippets(DOCS / "extending.md")

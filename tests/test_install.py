@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import aig
+
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
@@ -39,6 +41,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     top = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top == {"convnet_aig.py", "gumbelmodule.py", "aig"}
+    assert wheel.name.startswith(f"convnet_aig-{aig.__version__}-")
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "aig").rglob("*.py")}
     assert {name for name in names if name.startswith("aig/")} == own
 

@@ -9,13 +9,13 @@ from PIL import Image
 
 import aig
 from aig.analysis.__main__ import main
-from aig.checkpoint import load_checkpoint
+from aig.checkpoint import CONFIG, WEIGHTS, load_checkpoint
+from aig.folders import CARD
 from aig.images import read_image
 from aig.runs import TEST
 
-FOLDER = Path(__file__).parent.parent / "results" / "model"
-CHECKPOINT = FOLDER / "aig20-cifar10-jpeg.pth.tar"
-RUN = FOLDER.parent / "runs" / "full-aig-t0.7"
+FOLDER = Path(__file__).parent.parent / "results" / "model" / "aig20-cifar10-jpeg"
+RUN = FOLDER.parent.parent / "runs" / "full-aig-t0.7"
 AIRPLANE, PROBABILITY, GRAPH = 0, 0.6963, "111011111"  # for `picture`, when it was released
 
 
@@ -29,7 +29,7 @@ def picture():
 
 @pytest.fixture
 def released():
-    model = aig.load(CHECKPOINT)
+    model = aig.load(FOLDER)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (model.preprocess.mean, model.preprocess.std))
     return model, lambda pixels: (pixels / 255 - mean) / std
 
@@ -61,7 +61,7 @@ def test_it_skips_what_it_closes(released):
 def test_a_newcomer_sees_a_graph_in_one_command(tmp_path, capsys):
     path = tmp_path / "sky.png"
     Image.fromarray(picture().permute(1, 2, 0).numpy()).save(path)
-    main(["--resume", str(CHECKPOINT), "--image", str(path), "--out", str(tmp_path / "out")])
+    main(["--resume", str(FOLDER), "--image", str(path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert f"{path}: airplane {100 * PROBABILITY:.1f} %" in printed
     assert "stage 1 ###  stage 2 .##  stage 3 ###" in printed
@@ -69,14 +69,16 @@ def test_a_newcomer_sees_a_graph_in_one_command(tmp_path, capsys):
 
 
 def test_the_card_gives_the_numbers_of_the_run():
-    card, tested = (FOLDER / "README.md").read_text(), json.loads((RUN / TEST).read_text())
+    card, tested = (FOLDER / CARD).read_text(), json.loads((RUN / TEST).read_text())
     for mode in ("argmax", "sample", "expected", "all"):
         result = tested[mode]
         assert f"| `{mode}` | {result['top1']:.2f}" in card
         assert f"| {result['execution_rate']:.3f} | {result['macs_fraction']:.3f} |" in card
-    checkpoint = load_checkpoint(CHECKPOINT)
-    assert checkpoint["best_prec1"] == pytest.approx(tested["argmax"]["top1"])
-    assert checkpoint["epoch"] - 1 == tested["argmax"]["epoch"]
-    assert CHECKPOINT.stat().st_size < 2e6
-    assert f"{sum(value.numel() for value in aig.load(CHECKPOINT).parameters()):,} parameters" in card
+    assert load_checkpoint(FOLDER / WEIGHTS)["epoch"] - 1 == tested["argmax"]["epoch"]
+    assert (FOLDER / WEIGHTS).stat().st_size < 2e6
+    assert f"{sum(value.numel() for value in aig.load(FOLDER).parameters()):,} parameters" in card
+    recorded = json.loads((RUN / "args.json").read_text())
+    assert recorded["commands"][0] in card
+    flags = json.loads((FOLDER / CONFIG).read_text())["flags"]
+    assert flags == {name: recorded[name] for name in flags}
 

@@ -21,7 +21,7 @@ from aig import checkpoint as files
 from aig import distributed, runs
 from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
-from aig.console import InputError, Parser, number, run_command, say
+from aig.console import InputError, Parser, number, one_or_several, run_command, say
 from aig.data import DATASETS, default_workers, same_classes
 
 SUMMARY = "summary.json"
@@ -77,7 +77,7 @@ def make_parser() -> Parser:
     recorded.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
                           help="DIR holds the class folders themselves: test on this part of each class")
     recorded.add_argument("--gate-mode", default="argmax", choices=("argmax", "sample"), help="how gates decide")
-    recorded.add_argument("--threshold", type=number(float, above=0, below=1), default=0.5, metavar="P",
+    recorded.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), default=0.5, metavar="P",
                           help="gate mode argmax opens a gate where P(open) is above this")
     recorded.add_argument("--batch-size", type=number(int, 2), default=256, metavar="N")
     recorded.add_argument("--seed", type=number(int, 0), default=1, metavar="N")
@@ -93,7 +93,7 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
 
     Beside them `path` of the checkpoint, all that is `recorded` in it, and `epoch`, those it was trained for.
     """
-    path = str(files.checkpoint_in(run, runs.BEST, runs.CHECKPOINT))
+    path = str(files.checkpoint_in(run, *files.TRAINED))
     checkpoint, given = files.load_checkpoint(path), parser.given(argv)
     own, following = files.recorded(checkpoint), checkpoint.get("epoch")
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)

@@ -21,7 +21,7 @@ from aig.console import InputError, command
 from aig.data import PHOTOGRAPHS, Batching, Choice, Loader, open_loaders
 from aig.environment import derive_seed, environment, select_device
 from aig.inference import Macs, count_macs
-from convnet_aig import AdaptiveResNet
+from convnet_aig import AdaptiveResNet, check_thresholds
 
 
 @dataclass
@@ -103,6 +103,10 @@ def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
     model = aig.load(flags.path)
     by_budget = flags.budget and model.num_gates
     threshold = aig.load(flags.path, flags.budget).threshold if by_budget else flags.threshold
+    try:
+        check_thresholds(threshold, model.num_gates)
+    except ValueError as error:
+        raise InputError(f"{flags.path}: {error}") from error
     model.gate_mode, model.threshold = flags.gate_mode, threshold
     return model.to(select_device(flags.device), memory_format=torch.channels_last)
 

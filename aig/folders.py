@@ -1,0 +1,230 @@
+"""Model folders: a trained network to give away, in the convention of the Hugging Face Hub.
+
+    python -m aig.export --resume runs/NAME --folder DIR
+
+    DIR/model.safetensors     the weights
+    DIR/config.json           structure, classes, normalisation, thresholds, the flags of the training
+    DIR/README.md             the model card, written from the run's own files
+
+`aig.load(DIR)` gives the network, bit for bit, and so does `aig.load("OWNER/NAME")` once the folder is on the Hub.
+Everything that takes a checkpoint takes a model folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as to_bytes
+
+import aig
+from aig.checkpoint import CONFIG, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
+from aig.console import InputError
+from aig.inference import Macs, count_macs
+from aig.networks import architecture, budgets_of, results_of
+from aig.runs import ARGS, atomic_write, make_folder, read_json, write_json
+from aig.runtime import PROGRAM
+from convnet_aig import AdaptiveResNet, check_thresholds
+
+CARD = "README.md"
+PATHS = ("data", "pretrained", "distill", "save")  # flags that name a place on somebody's machine
+
+
+def save(
+    model: AdaptiveResNet,
+    folder: str | Path,
+    run: str | Path | None = None,
+    licence: str = "",
+    overwrite: bool = False,
+) -> None:
+    """Writes a model folder.
+
+    Args:
+        model: as `aig.load` gives it: with `classes`, `preprocess` and the thresholds to be kept.
+        folder: to write; it may exist.
+        run: the run folder or checkpoint that the model is from. Its flags and test results go into the card.
+        licence: of the weights, as the Hub names it, such as "mit".
+        overwrite: replace the files if they are there.
+
+    Raises:
+        ValueError: if the model has no `classes` or `preprocess`.
+        InputError: if the files exist already, or the run cannot be read.
+    """
+    folder = Path(folder)
+    for name in ("classes", "preprocess"):
+        if not hasattr(model, name):
+            raise ValueError(f"a network without `{name}` cannot be used by others: set it, as aig.load does")
+    if len(model.classes) != model.linear.out_features:
+        raise ValueError(f"{len(model.classes)} classes are named, but the network has {model.linear.out_features}")
+    check_thresholds(model.threshold, model.num_gates)
+    there = [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).exists()]
+    if there and not overwrite:
+        raise InputError(f"{folder} holds a {there[0]} already: add --overwrite, or choose another folder")
+    file = checkpoint_in(run, *TRAINED) if run else None
+    checkpoint = load_checkpoint(file) if file else {}
+    config = describe(model, file, checkpoint)
+    results = results_of(file, checkpoint) if file else {}
+    environment = read_json(file.with_name(ARGS)) if file else {}
+    text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results, environment, licence)
+    make_folder(folder, "the model folder")
+    with atomic_write(folder / WEIGHTS) as target:
+        target.write(to_bytes({key: value.contiguous() for key, value in model.state_dict().items()}))
+    with atomic_write(folder / CARD) as target:
+        target.write(text.encode())
+    write_json(folder / CONFIG, config)  # the last one: without it, a folder is none
+
+
+def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says of a network, and of the checkpoint that it is from."""
+    how, own = model.preprocess, recorded(checkpoint)
+    config = {
+        "library_name": PROGRAM,
+        "library_version": aig.__version__,
+        "architecture": architecture(model),
+        "classes": list(model.classes),
+        "image_size": how.size,
+        "mean": list(how.mean),
+        "std": list(how.std),
+        "threshold": model.threshold,
+        "budgets": budgets_of(file, checkpoint) if file else {},
+    }
+    flags = {name: value for name, value in own.items() if name not in config and not isinstance(value, dict)}
+    flags |= {name: unplaced(value) for name, value in flags.items() if name in PATHS}
+    trained = {"epochs_done": checkpoint["epoch"] - 1} if isinstance(checkpoint.get("epoch"), int) else {}
+    return {**config, **trained, "flags": flags}
+
+
+def unplaced(value: Any) -> Any:
+    """An absolute path as its last part: the rest says nothing on another machine."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def card(
+    name: str,
+    config: dict[str, Any],
+    cost: Macs,
+    results: dict[str, dict[str, Any]],
+    environment: dict[str, Any],
+    licence: str,
+) -> str:
+    """The model card, in Markdown, with the header that the Hub reads."""
+    header = ["---", f"library_name: {PROGRAM}", *([f"license: {licence.lower()}"] if licence else [])]
+    header += ["pipeline_tag: image-classification", "tags: [conditional-computation, adaptive-inference-graph]", "---"]
+    parts = [
+        "\n".join(header),
+        f"# {name}",
+        "A ResNet whose every residual block has a small gate that decides, image by image, whether the block runs "
+        "(Veit and Belongie, *Convolutional networks with adaptive inference graphs*, ECCV 2018)."
+        if any(config["architecture"]["gated"])
+        else "A plain ResNet, as a teacher or yardstick for networks with gates.",
+        usage(name),
+        "\n".join(facts(config, cost, licence)),
+        training(config, environment),
+        accuracies(results, config["flags"].get("data")),
+        limits(config),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def usage(name: str) -> str:
+    return f"""\
+```python
+import aig
+from PIL import Image
+
+net = aig.load("{name}")  # this folder
+logits, gates = net(net.preprocess(Image.open("image.jpg"))[None])
+print(net.classes[logits.argmax()], [int(z) for z in gates])  # gates: 1 for each block that ran
+```"""
+
+
+def facts(config: dict[str, Any], cost: Macs, licence: str) -> list[str]:
+    """What the network is, as a list."""
+    structure, size = config["architecture"], config["image_size"]
+    stages, gated = structure["stages"], sum(structure["gated"])
+    many = isinstance(config["threshold"], Sequence)
+    threshold = "a threshold for each gate" if many else f"the threshold {config['threshold']:g}"
+    budgets = ", ".join(config["budgets"])
+    lines = [
+        f"- **Network**: {structure['network']} of {sum(stages)} {structure['block']}s ({' + '.join(map(str, stages))} "
+        f"by stage), {gated} of them with a gate; {structure['parameters']:,} parameters.",
+        f"- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs, gates not "
+        f"counted; the gates take {sum(cost.gates) / 1e6:.3f} M.",
+        f"- **Input**: RGB, {size} x {size} pixels, scaled to [0, 1], mean {rounded(config['mean'])}, "
+        f"std {rounded(config['std'])}.",
+        f"- **Classes** ({len(config['classes'])}): {', '.join(config['classes'][:20])}"
+        f"{', ...' if len(config['classes']) > 20 else ''}.",
+        f"- **Licence**: {licence or 'not stated'}.",
+    ]
+    if gated:
+        lines.insert(3, f"- **Gates**: open where P(open) is above {threshold}"
+                        f"{f'; thresholds are kept for the budgets {budgets}' if budgets else ''}.")
+    return lines
+
+
+def rounded(values: Sequence[float]) -> str:
+    return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"
+
+
+def training(config: dict[str, Any], environment: dict[str, Any]) -> str:
+    """How it was trained, and how to do so again."""
+    commands, flags = environment.get("commands", []), config["flags"]
+    lines = ["## Training"]
+    if commands:
+        lines += ["", *(f"    {'' if line.startswith('python') else 'python '}{line}" for line in commands)]
+    elif flags:
+        known = {name: value for name, value in flags.items() if value not in (None, "", [])}
+        lines += ["", "With these flags: " + ", ".join(f"{name} {value}" for name, value in known.items()) + "."]
+    else:
+        return ""
+    if "epochs_done" in config:
+        lines += ["", f"The weights are those after epoch {config['epochs_done']}."]
+    if environment:
+        versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+        lines += ["", f"On {environment.get('hardware', 'unknown hardware')}; {versions}."]
+    return "\n".join(lines)
+
+
+def accuracies(results: dict[str, dict[str, Any]], data: Any) -> str:
+    """What `--test` measured, as a table."""
+    if not results:
+        return "## Accuracy\n\nNot measured with `--test`."
+    first = next(iter(results.values()))
+    tops = [name for name in ("top1", "top5") if name in first]
+    titles = ["gate mode", *(f"top-{name[3:]}, %" for name in tops), "blocks run", "multiply-accumulates", "images"]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+    for key, result in results.items():
+        values = [f"{result[name]:.2f}" for name in tops]
+        if "top1_std" in result:
+            values[0] += f" ± {result['top1_std']:.2f}"
+        values += [f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}", f"{result['images']:,}"]
+        lines.append(f"| `{key}` | {' | '.join(values)} |")
+    where = unplaced(first.get("data") or data) or "the training's data set"
+    return "\n".join([
+        "## Accuracy", "",
+        f"Of the test images of `{where}`, by `--test`. Blocks run as a part of all; multiply-accumulates, with those "
+        "of the gates, as a part of the dense net's.", "", *lines, "",
+        "`argmax` opens a gate at its threshold; `argmax@budget=B` at thresholds chosen for a budget, on training "
+        "images; `sample` draws, as the authors' code does; `expected` and `all` run every block. `+bn`: with "
+        "BatchNorm's statistics estimated anew in that mode.",
+    ])
+
+
+def limits(config: dict[str, Any]) -> str:
+    """What it is not for."""
+    flags = config["flags"]
+    lines = [
+        "## Limits", "",
+        "- It puts every picture into one of its classes, and its confidence is not calibrated.",
+        "- Its accuracy against attacks and on images of another kind has not been measured here.",
+    ]
+    if epochs := flags.get("epochs"):
+        lines.append(f"- {epochs} epochs were planned, seed {flags.get('seed')}; one training says nothing of how much "
+                     "results vary.")
+    if not flags.get("val_size") and flags:
+        lines.append("- No training images were held out: while it trained, it was validated on the images tested.")
+    return "\n".join(lines)
