@@ -4,6 +4,7 @@
 
     DIR/model.safetensors     the weights
     DIR/config.json           structure, classes, normalisation, thresholds, the flags of the training
+    DIR/test.json             what `--test` measured of the run, as in its folder
     DIR/README.md             the model card, written from the run's own files
 
 `aig.load(DIR)` gives the network, bit for bit, and so does `aig.load("OWNER/NAME")` once the folder is on the Hub.
@@ -19,7 +20,7 @@ from typing import Any
 from safetensors.torch import save as to_bytes
 
 import aig
-from aig.checkpoint import CONFIG, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
+from aig.checkpoint import CONFIG, TEST, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
 from aig.console import InputError
 from aig.inference import Macs, count_macs
 from aig.networks import architecture, budgets_of, results_of
@@ -70,6 +71,9 @@ def save(
     make_folder(folder, "the model folder")
     with atomic_write(folder / WEIGHTS) as target:
         target.write(to_bytes({key: value.contiguous() for key, value in model.state_dict().items()}))
+    (folder / TEST).unlink(missing_ok=True)  # of another network
+    if results:
+        write_json(folder / TEST, {key: {**result, "checkpoint": WEIGHTS} for key, result in results.items()})
     with atomic_write(folder / CARD) as target:
         target.write(text.encode())
     write_json(folder / CONFIG, config)  # the last one: without it, a folder is none

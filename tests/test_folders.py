@@ -103,6 +103,7 @@ def test_the_thresholds_of_a_budget_can_be_those_of_the_folder(digits, tmp_path)
     assert aig.load(tmp_path / "model").threshold == aig.load(digits, budget=0.8).threshold
     export.main(["--resume", str(tmp_path / "model"), "--folder", str(tmp_path / "again")])
     again = aig.load(tmp_path / "again")
+    assert "| `argmax` |" in (tmp_path / "again" / folders.CARD).read_text()  # the results go along
     assert again.threshold == aig.load(digits, budget=0.8).threshold
     assert aig.load(tmp_path / "again", budget=0.8).threshold == again.threshold
 

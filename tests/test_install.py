@@ -13,6 +13,7 @@ import pytest
 import aig
 
 ROOT = Path(__file__).parent.parent
+MODELS = ROOT / "results" / "model"
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
@@ -29,7 +30,7 @@ def wheel(tmp_path_factory):
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for path in [*ROOT.glob("*.py"), *(ROOT / name for name in ("pyproject.toml", "README.md", "LICENSE"))]:
         shutil.copy(path, source)
-    for name in ("aig", "benchmarks", "tests", "docs"):
+    for name in ("aig", "benchmarks", "tests", "docs", "results/model"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     run(*PIP, "wheel", "--no-deps", "--no-index", "--no-build-isolation", "-w", target, ".", cwd=source)
     (built,) = target.glob("*.whl")
@@ -43,7 +44,9 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert top == {"convnet_aig.py", "gumbelmodule.py", "aig"}
     assert wheel.name.startswith(f"convnet_aig-{aig.__version__}-")
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "aig").rglob("*.py")}
-    assert {name for name in names if name.startswith("aig/")} == own
+    model = {f"aig/released/{path.relative_to(MODELS)}" for path in MODELS.glob("aig*/*")}
+    examples = {f"aig/examples/{path.name}" for path in (ROOT / "docs" / "images").glob("*.jpg")}
+    assert {name for name in names if name.startswith("aig/")} == own | model | examples
 
 
 @pytest.mark.slow

@@ -1,0 +1,249 @@
+"""A page in the browser that shows which blocks an image uses.
+
+    pip install ".[demo]"
+    python -m aig.demo                  # the network that comes with the repository; or a run, a model folder, ...
+
+For an image, or two side by side: its classes, its graph block by block, what that costs, and a slider for the
+threshold at which gates open. The page needs no internet, and nobody else can reach it.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+import aig
+from aig.budget import recorded_scores
+from aig.checkpoint import TRAINED, checkpoint_in, load_checkpoint
+from aig.console import InputError, Parser, number, run_command, say
+from aig.images import read_image
+from aig.inference import Macs, count_macs
+from aig.networks import fetched, results_of
+from aig.palette import HUES, rgb
+from convnet_aig import AdaptiveResNet
+
+HERE = Path(__file__).parent
+ROOT = HERE if (HERE / "released").exists() else HERE.parent  # installed, or a checkout
+RELEASED = ROOT / ("released" if ROOT == HERE else "results/model") / "aig20-cifar10-jpeg"
+EXAMPLES = ROOT / ("examples" if ROOT == HERE else "docs/images")
+GUESSES = 5  # classes shown
+LARGEST = "20mb"  # of an uploaded file
+CSS = """
+.graph { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 12px; }
+.graph .blocks { display: flex; flex-wrap: wrap; gap: 3px; }
+.graph .block { width: 30px; height: 30px; line-height: 28px; text-align: center; box-sizing: border-box;
+                border: 1px solid var(--body-text-color); border-radius: 3px; }
+.graph .ran { background: BLUE; color: white; }
+.graph .skipped { border-style: dashed; }
+.graph .always { background: repeating-linear-gradient(45deg, #999, #999 3px, #bbb 3px, #bbb 6px); }
+.bars { display: grid; grid-template-columns: minmax(auto, 45%) 1fr max-content; gap: 4px 8px; margin: 8px 0 16px;
+        align-items: center; font-size: 13px; }
+.bars .bar { height: 10px; min-width: 1px; background: #999; border-radius: 2px; }
+.bars .own { background: BLUE; }
+.picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
+#threshold { position: sticky; top: 0; z-index: 10; }
+footer { display: none !important; }
+""".replace("BLUE", rgb(HUES[0]))
+
+
+@dataclass(frozen=True)
+class Graph:
+    """What the network did with an image.
+
+    Attributes:
+        probabilities: by the name of the class.
+        opened: (L,), whether each block ran.
+        p_open: (L,), what its gate said; NaN for a block without one.
+        macs: multiply-accumulates.
+    """
+
+    probabilities: dict[str, float]
+    opened: list[bool]
+    p_open: list[float]
+    macs: float
+
+
+@torch.no_grad()
+def look(model: AdaptiveResNet, cost: Macs, path: str | Path, threshold: float | Sequence[float]) -> Graph:
+    """The graph of an image file at a threshold. Raises InputError if the file is no image."""
+    model.threshold = threshold
+    image = model.preprocess(read_image(path))[None]
+    with recorded_scores(model) as scores:
+        logits, gates = model(image)
+    odds = iter(scores)
+    p_open = [next(odds).sigmoid().item() if block.gated else np.nan for block in model.blocks()]
+    probabilities = dict(zip(model.classes, logits.softmax(1)[0].tolist(), strict=True))
+    z = torch.stack(gates, dim=1)
+    return Graph(probabilities, [value > 0.5 for value in z[0].tolist()], p_open, cost.executed(z).item())
+
+
+# ---------------------------------------------------------------------------------------------- what is drawn
+
+
+def draw(graph: Graph, cost: Macs, stages: Sequence[int], tested: dict[str, Any]) -> str:
+    """What belongs under an image, in HTML: its graph, what that costs, and the classes it is most likely of."""
+    best = sorted(graph.probabilities.items(), key=lambda item: -item[1])[:GUESSES]
+    share = f"{100 * graph.macs / cost.dense:.1f} % of the dense net's {cost.dense / 1e6:.2f}"
+    use = f"{sum(graph.opened)} of {len(graph.opened)} blocks; {graph.macs / 1e6:.2f} MMACs, {share}"
+    costs = [("this image", graph.macs / cost.dense, "own"), ("dense net", 1, "")]
+    if mean := tested.get("macs_classes", {}).get(best[0][0]):
+        costs.insert(1, (f"test images of class {best[0][0]}, mean", mean / cost.dense, ""))
+    return draw_graph(graph, stages) + f"<p>{use}</p>" + bars(costs) + bars([(*each, "own") for each in best])
+
+
+def draw_graph(graph: Graph, stages: Sequence[int]) -> str:
+    """The blocks by stage, each with its P(open)."""
+    squares = []
+    for index, (ran, p_open) in enumerate(zip(graph.opened, graph.p_open, strict=True), start=1):
+        gated = not np.isnan(p_open)
+        kind = ("ran" if ran else "skipped") if gated else "always"
+        said = f"P(open) {p_open:.3f}, {kind}" if gated else "has no gate, always runs"
+        text = f"{p_open:.2f}".removeprefix("0") if gated else ""
+        squares.append(f'<div class="block {kind}" title="block {index}: {said}">{text}</div>')
+    edges = pairwise(np.cumsum([0, *stages]).tolist())
+    parts = [
+        f'<div>stage {stage}<div class="blocks">{"".join(squares[start:end])}</div></div>'
+        for stage, (start, end) in enumerate(edges, start=1)
+    ]
+    return f'<div class="graph">{"".join(parts)}</div>'
+
+
+def bars(rows: Iterable[tuple[str, float, str]]) -> str:
+    """A bar for each row: its name, the part of the whole that it is, its CSS class."""
+    cells = [
+        f'<div>{html.escape(name)}</div><div><div class="bar {kind}" style="width: {100 * part:.1f}%"></div></div>'
+        f"<div>{100 * part:.1f} %</div>"
+        for name, part, kind in rows
+    ]
+    return f'<div class="bars">{"".join(cells)}</div>'
+
+
+def shown(model: AdaptiveResNet, cost: Macs, tested: dict[str, Any], path: str | None, threshold: float) -> str:
+    """The HTML for an image file, or for none, or for one that is no image."""
+    if not path:
+        return '<p class="note">Choose an image.</p>'
+    try:
+        return draw(look(model, cost, path, threshold), cost, model.stages, tested)
+    except InputError as error:
+        return f'<p class="note">{html.escape(without_path(error, path))}</p>'
+
+
+def without_path(error: InputError, path: str) -> str:
+    """An error about an uploaded file, without the folder that it was uploaded to."""
+    return str(error).replace(path, Path(path).name)
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def require_gradio() -> ModuleType:
+    """Gradio, with its telemetry off. Raises InputError if it is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    try:
+        import gradio
+    except ImportError as error:
+        raise InputError(f'the page needs Gradio ({error}): pip install "convnet-aig[demo]"') from error
+    return gradio
+
+
+def picture_class(gradio: ModuleType) -> type:
+    """Gradio's image, whose value is the path of the uploaded file, whatever that holds: `shown` says if it is none."""
+from gradio.events import Dependency
+
+    class Picture(gradio.Image):
+        is_template = True  # drawn as the class above
+
+        def preprocess(self, payload: Any) -> str | None:
+            return payload and payload.path
+
+    return Picture
+
+
+def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
+    """The page of a network.
+
+    Args:
+        name: for the title.
+        tested: what `--test` measured in mode argmax, or {}.
+    """
+    gradio, cost, own = require_gradio(), count_macs(model, model.preprocess.size), model.threshold
+    picture = picture_class(gradio)
+    one = own if isinstance(own, float) else 0.5
+    show = partial(shown, model, cost, tested)
+    with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False) as page:
+        gradio.Markdown(
+            f"# Which blocks does an image use?\n**{name}**: {sum(model.stages)} residual blocks, {model.num_gates} of "
+            "them with a gate, which opens where P(open) is above the threshold. Filled blocks ran, dashed ones were "
+            f"skipped; the numbers are P(open). {note(model, tested)}"
+        )
+        slider = gradio.Slider(0.01, 0.99, one, step=0.01, label="threshold of P(open)", elem_id="threshold")
+        with gradio.Row():
+            for side, example in zip(("left", "right"), examples(model), strict=True):
+                with gradio.Column(min_width=320):
+                    image = picture(example, type="filepath", sources=["upload", "clipboard"], height=220, buttons=[],
+                                    label=f"{side} image", elem_id=side, elem_classes="picture")
+                    drawn = gradio.HTML(elem_id=f"{side}-graph")
+                    if files := sorted(map(str, EXAMPLES.glob("*.jpg"))):
+                        gradio.Examples(files, image, label="examples")
+                    hidden = {"show_progress": "hidden", "concurrency_id": "network", "api_visibility": "private"}
+                    gradio.on([image.change, slider.change, page.load], show, [image, slider], drawn,
+                              trigger_mode="always_last", **hidden)
+    return page
+
+
+def note(model: AdaptiveResNet, tested: dict[str, Any]) -> str:
+    """What a reader of the page has to know of this network."""
+    text = []
+    if isinstance(model.threshold, list):
+        text.append("It has a threshold for each gate; the slider sets one for all.")
+    if tested:
+        at = tested.get("threshold")
+        at = f" at the threshold {at:g}" if isinstance(at, (int, float)) else ""
+        text.append(f"Of {tested['images']:,} test images it knew {tested['top1']:.1f} %{at}; the means "
+                    "are of these.")
+    return " ".join(text)
+
+
+def examples(model: AdaptiveResNet) -> list[str | None]:
+    """An image to begin with on either side, if there are some of the network's classes."""
+    known = [str(EXAMPLES / f"{name}.jpg") for name in ("truck", "dog") if name in model.classes]
+    return known if len(known) == 2 and all(map(os.path.exists, known)) else [None, None]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m aig.demo", description=__doc__.split("\n")[0])
+    parser.add_argument("model", nargs="?", default=str(RELEASED), metavar="MODEL",
+                        help="a model folder, run folder or checkpoint (default: the released network)")
+    parser.add_argument("--port", type=number(int, 1, 65535), help="of the page (default: the first free from 7860)")
+    parser.add_argument("--open", action="store_true", help="open the page in the browser")
+    args = parser.parse_args(argv)
+    gradio = require_gradio()
+    file = checkpoint_in(fetched(args.model), *TRAINED)
+    model, name = aig.load(file), file.parent.name if file.name in TRAINED else file.name
+    page = make_page(model, name, results_of(file, load_checkpoint(file)).get("argmax", {}))
+    allowed = [str(EXAMPLES)] if EXAMPLES.exists() else []
+    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the internet
+    try:
+        _, url, _ = page.launch(
+            server_name="127.0.0.1", server_port=args.port, share=False, inbrowser=args.open, quiet=True,
+            prevent_thread_lock=True, max_file_size=LARGEST, allowed_paths=allowed, css=CSS,
+            theme=gradio.themes.Default(**fonts), ssr_mode=False, footer_links=[],
+        )
+    except OSError as error:
+        raise InputError(f"cannot open the page: {error}; choose another --port") from error
+    say(f"{name}: {url}  (Ctrl-C ends it)")
+    page.block_thread()
+
+
+if __name__ == "__main__":
+    run_command(main, "aig.demo")
