@@ -49,8 +49,8 @@ STAGES = (
     | {"smaller": f"{SMALLER} --target 1", "smaller-distill": f"{SMALLER} --target 1 {DISTILL}"},
     {
         "budget0.75-distill-lr0.02": f"{GATED} --budget 0.75 {DISTILL} --lr 0.02",
-        "rates": f"{GATED} --target 0.6 {BEST}",
-        "budget": f"{GATED} --budget 0.6 {BEST}",
+        "rates-only": f"{GATED} --target 0.6 {BEST}",
+        "budget-only": f"{GATED} --budget 0.6 {BEST}",
         "control-distill": f"{TUNED} --target 1 {DISTILL} {BEST}",
         "budget-distill-no-floor": f"{GATED} --budget 0.6 --no-budget-floor {DISTILL} {BEST}",
         "rates-distill": f"{GATED} --target 0.6 {DISTILL} {BEST}",
