@@ -48,6 +48,7 @@ CSS = """
 .graph .always { background: repeating-linear-gradient(45deg, #999, #999 3px, #bbb 3px, #bbb 6px); }
 .bars { display: grid; grid-template-columns: minmax(auto, 45%) 1fr max-content; gap: 4px 8px; margin: 8px 0 16px;
         align-items: center; font-size: 13px; }
+.bars div:nth-child(3n) { text-align: right; }
 .bars .bar { height: 10px; min-width: 1px; background: #999; border-radius: 2px; }
 .bars .own { background: BLUE; }
 .picture img { width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated; }
@@ -156,18 +157,6 @@ def require_gradio() -> ModuleType:
     return gradio
 
 
-def picture_class(gradio: ModuleType) -> type:
-    """Gradio's image, whose value is the path of the uploaded file, whatever that holds: `shown` says if it is none."""
-
-    class Picture(gradio.Image):
-        is_template = True  # drawn as the class above
-
-        def preprocess(self, payload: Any) -> str | None:
-            return payload and payload.path
-
-    return Picture
-
-
 def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
     """The page of a network.
 
@@ -176,7 +165,6 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
         tested: what `--test` measured in mode argmax, or {}.
     """
     gradio, cost, own = require_gradio(), count_macs(model, model.preprocess.size), model.threshold
-    picture = picture_class(gradio)
     one = own if isinstance(own, float) else 0.5
     show = partial(shown, model, cost, tested)
     with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False) as page:
@@ -189,8 +177,9 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
         with gradio.Row():
             for side, example in zip(("left", "right"), examples(model), strict=True):
                 with gradio.Column(min_width=320):
-                    image = picture(example, type="filepath", sources=["upload", "clipboard"], height=220, buttons=[],
-                                    label=f"{side} image", elem_id=side, elem_classes="picture")
+                    image = gradio.Image(example, type="filepath", sources=["upload", "clipboard"], height=220,
+                                         label=f"{side} image", elem_id=side, elem_classes="picture", buttons=[])
+                    image.preprocess = lambda file: file and file.path  # `shown` says if that is no image
                     drawn = gradio.HTML(elem_id=f"{side}-graph")
                     if files := sorted(map(str, EXAMPLES.glob("*.jpg"))):
                         gradio.Examples(files, image, label="examples")
