@@ -115,7 +115,7 @@ def find_thresholds(model: AdaptiveResNet, loader: Batches, budget: float) -> tu
     nearest = min(found, key=lambda trial: abs(trial.executed - budget)).executed
     if abs(nearest - budget) > TOLERATED:
         raise ValueError(f"no thresholds execute {budget:g}, the nearest ones {nearest:.3f}")
-    met = [trial for trial in found if abs(trial.executed - budget) <= max(10 * CLOSE, abs(nearest - budget))]
+    met = [trial for trial in found if abs(trial.executed - budget) <= max(5 * CLOSE, abs(nearest - budget))]
     best = min(met, key=lambda trial: trial.loss)
     thresholds = torch.sigmoid(best.log_odds.cpu().double()).tolist()
     return thresholds[0] if best is found[0] else check_thresholds(thresholds, model.num_gates), best.executed
@@ -129,20 +129,28 @@ def search(
     trial: Trial,
     rule: Callable[[Tensor, float], Tensor],
 ) -> Trial:
-    """The trial nearest to the budget, of thresholds by the rule (scores (N, G), shift) -> (G,)."""
-    trials = [trial]
+    """The trial nearest to the budget, of thresholds by the rule (scores (N, G), shift) -> (G,).
+
+    The next shift is the one that would be right if thresholds did not change the scores. It lies between those that
+    executed too little and too much, else in their middle.
+    """
+    low, high, trials = -EXTREME, EXTREME, [trial]
     for _ in range(PASSES):
-        thresholds = bisect(rule, trials[-1].scores, model, cost, budget)
-        trials.append(attempt(model, loader, cost, thresholds))
-        if abs(trials[-1].executed - budget) < CLOSE:
+        scores = trials[-1].scores
+        shift = bisect(rule, scores, model, cost, budget)
+        shift = shift if low < shift < high else (low + high) / 2
+        trials.append(attempt(model, loader, cost, rule(scores, shift)))
+        missing = budget - trials[-1].executed
+        if abs(missing) < CLOSE:
             break
+        low, high = (shift, high) if missing > 0 else (low, shift)
     return min(trials[1:], key=lambda tried: abs(tried.executed - budget))
 
 
 def bisect(
     rule: Callable[[Tensor, float], Tensor], scores: Tensor, model: AdaptiveResNet, cost: Macs, budget: float
-) -> Tensor:
-    """The thresholds (G,) by the rule with which these scores (N, G) would execute the budget."""
+) -> float:
+    """The shift by the rule with which these scores (N, G) would execute the budget."""
     low, high = -EXTREME, EXTREME  # a larger shift executes more
     for _ in range(50):
         middle = (low + high) / 2
@@ -150,7 +158,7 @@ def bisect(
             low = middle
         else:
             high = middle
-    return rule(scores, high)
+    return high
 
 
 def same_threshold(scores: Tensor, shift: float) -> Tensor:
