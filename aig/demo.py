@@ -208,13 +208,17 @@ def examples(model: AdaptiveResNet) -> list[str | None]:
     return known if len(known) == 2 and all(map(os.path.exists, known)) else [None, None]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.demo", description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default=str(RELEASED), metavar="MODEL",
                         help="a model folder, run folder or checkpoint (default: the released network)")
     parser.add_argument("--port", type=number(int, 1, 65535), help="of the page (default: the first free from 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
     gradio = require_gradio()
     file = checkpoint_in(fetched(args.model), *TRAINED)
     model, name = aig.load(file), file.parent.name if file.name in TRAINED else file.name

@@ -23,6 +23,7 @@ import train
 import train_img
 from aig import data
 from aig.analysis.__main__ import make_parser as make_analysis_parser
+from aig.demo import make_parser as make_demo_parser
 from aig.export import make_parser as make_export_parser
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +136,7 @@ def says(cell, default):
         (train_img.make_parser, "flags"),
         (make_analysis_parser, "analysis"),
         (make_export_parser, "inference"),
+        (make_demo_parser, "sharing"),
     ],
 )
 def test_the_table_has_every_flag_with_its_default(make_parser, page):
