@@ -18,7 +18,8 @@ from aig.checkpoint import TEST
 from aig.console import run_command
 from aig.runs import read_json
 from benchmarks import reproduction
-from benchmarks.reproduction import ROOT, RUNS, SEEDS, SMALL
+from benchmarks.reproduction import SEEDS, SMALL
+from benchmarks.runner import ROOT, RUNS, follow, make_parser
 
 
 def flags(seed: int) -> str:
@@ -30,8 +31,8 @@ def flags(seed: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     trainings = [(f"small-matched-depth-s{seed}", flags(seed)) for seed in SEEDS]
-    args = reproduction.make_parser(__doc__.split("\n")[0]).parse_args(argv)
-    reproduction.follow([trainings], reproduction.tests, args)
+    args = make_parser(__doc__.split("\n")[0]).parse_args(argv)
+    follow([trainings], reproduction.tests, args)
 
 
 if __name__ == "__main__":

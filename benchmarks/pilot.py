@@ -30,7 +30,7 @@ from pathlib import Path
 from aig.checkpoint import CHECKPOINT, TEST
 from aig.console import run_command
 from aig.runs import read_json, read_records
-from benchmarks.reproduction import RUNS, follow, make_parser
+from benchmarks.runner import RUNS, follow, make_parser
 
 TEACHER = f"runs/pilot-teacher/{CHECKPOINT}"
 SHARED = "--batch-size 128 --val-size 5000 --lr-schedule cosine --nesterov --compile --seed 1"

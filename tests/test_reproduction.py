@@ -7,7 +7,7 @@ import pytest
 
 import train
 import utils
-from benchmarks import control, pilot, reproduction
+from benchmarks import control, pilot, reproduction, runner
 
 NAME = "tiny-val2"
 FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
@@ -16,8 +16,8 @@ FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
 @pytest.fixture
 def call(tmp_path, run, monkeypatch):
     """Runs the program on a protocol of its own in a folder of its own."""
-    (tmp_path / "train.py").symlink_to(reproduction.ROOT / "train.py")
-    monkeypatch.setattr(reproduction, "ROOT", tmp_path)
+    (tmp_path / "train.py").symlink_to(runner.ROOT / "train.py")
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(reproduction, "protocol", lambda: iter([(NAME, FLAGS)]))
     return lambda *argv: run(reproduction.main, "--results", tmp_path / "kept", *argv)
 
@@ -49,13 +49,13 @@ def test_a_training_that_fails_is_named_with_its_log(call, tmp_path):
 
 def test_a_stage_begins_when_the_one_before_is_done_and_only_names_what_was_asked_for(monkeypatch):
     done = []
-    monkeypatch.setattr(reproduction, "carry_out", lambda name, *rest: done.append(name))
+    monkeypatch.setattr(runner, "carry_out", lambda name, *rest: done.append(name))
     stages = [[("a-first", ""), ("b-first", "")], [("a-second", "")]]
-    parser = reproduction.make_parser("")
-    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR"]))
+    parser = runner.make_parser("")
+    runner.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR"]))
     assert (sorted(done[:2]), done[2:]) == (["a-first", "b-first"], ["a-second"])
     done.clear()
-    reproduction.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR", "--only", "a"]))
+    runner.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR", "--only", "a"]))
     assert done == ["a-first", "a-second"]
 
 
@@ -70,7 +70,7 @@ def test_every_command_of_the_other_protocols_is_one_of_train_py(program, capsys
         utils.check_flags(args, train.make_parser().given(words[3:]))
         names |= {args.expname} if not args.test else set()
         assert args.test or args.seed in range(1, 6)
-    assert len(names) == {pilot: 10, control: 5}[program]
+    assert len(names) == {pilot: 17, control: 5}[program]
 
 
 def test_the_control_drops_what_the_gates_of_its_seed_left_out():
