@@ -35,8 +35,10 @@ def training(name: str, flags: str, data: str) -> list[str]:
     return ["train.py", "--expname", name, "--dataset", "folder", "--data", data, *flags.split(), "--resume", "auto"]
 
 
-def carry_out(name: str, flags: str, tests: Tests, data: str, threads: int, results: Path) -> None:
-    """Trains and tests what is not done yet, and copies what is to be kept.
+def carry_out(
+    name: str, flags: str, tests: Tests, data: str, threads: int, results: Path, prepare: Callable[[str], None]
+) -> None:
+    """Prepares, trains and tests what is not done yet, and copies what is to be kept.
 
     Raises:
         InputError: if a command failed, naming the log that says why.
@@ -56,6 +58,7 @@ def carry_out(name: str, flags: str, tests: Tests, data: str, threads: int, resu
 
     missing = {key: line for key, line in tests(name, flags).items() if key not in read_json(kept / TEST)}
     if not (kept / TEST).exists():
+        prepare(name)
         call("train.log", *training(name, flags, data))
     for line in missing.values():
         call("test.log", *line)
@@ -85,8 +88,16 @@ def make_parser(description: str) -> Parser:
     return parser
 
 
-def follow(stages: Sequence[Sequence[tuple[str, str]]], tests: Tests, args: argparse.Namespace) -> None:
-    """Carries out a protocol as the command line says: stages of (name, flags), each after the one before."""
+def follow(
+    stages: Sequence[Sequence[tuple[str, str]]],
+    tests: Tests,
+    args: argparse.Namespace,
+    prepare: Callable[[str], None] = lambda name: None,
+) -> None:
+    """Carries out a protocol as the command line says: stages of (name, flags), each after the one before.
+
+    `prepare` is called with the name of a training before it is carried out.
+    """
     stages = [[(name, flags) for name, flags in stage if name.startswith(args.only)] for stage in stages]
     if not any(stages):
         raise InputError(f"--only {args.only}: no training has such a name; see --list")
@@ -98,5 +109,6 @@ def follow(stages: Sequence[Sequence[tuple[str, str]]], tests: Tests, args: argp
     total = sum(map(len, stages))
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(None, "trainings", total, disable=None) as bar:
         for stage in stages:
-            for _ in pool.map(lambda run: carry_out(*run, tests, args.data, args.threads, args.results), stage):
+            where = (args.data, args.threads, args.results, prepare)
+            for _ in pool.map(lambda run, where=where: carry_out(*run, tests, *where), stage):
                 bar.update()

@@ -7,7 +7,7 @@ import pytest
 
 import train
 import utils
-from benchmarks import control, pilot, reproduction, runner
+from benchmarks import control, pays, pilot, reproduction, runner
 
 NAME = "tiny-val2"
 FLAGS = "--depth 8 --batch-size 4 --epochs 1 --target 1 --val-size 2 --seed 1"
@@ -59,7 +59,7 @@ def test_a_stage_begins_when_the_one_before_is_done_and_only_names_what_was_aske
     assert done == ["a-first", "a-second"]
 
 
-@pytest.mark.parametrize("program", [pilot, control])
+@pytest.mark.parametrize("program", [pilot, control, pays])
 def test_every_command_of_the_other_protocols_is_one_of_train_py(program, capsys):
     program.main(["--data", "DIR", "--list"])
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
@@ -70,7 +70,7 @@ def test_every_command_of_the_other_protocols_is_one_of_train_py(program, capsys
         utils.check_flags(args, train.make_parser().given(words[3:]))
         names |= {args.expname} if not args.test else set()
         assert args.test or args.seed in range(1, 6)
-    assert len(names) == {pilot: 17, control: 5}[program]
+    assert len(names) == {pilot: 17, control: 5, pays: 26}[program]
 
 
 def test_the_control_drops_what_the_gates_of_its_seed_left_out():
