@@ -41,7 +41,7 @@ from convnet_aig import (
 
 # Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
-FEW = 2  # so many images at a time are no faster than one by one, which spares picking rows
+FEW = 2  # so many photographs at a time are no faster than one by one
 
 
 class Convolution:
