@@ -1,8 +1,8 @@
 """Inference that runs only what the gates open, and counts of what that costs.
 
 In training every branch is computed and multiplied by its gate. Here a closed branch is not computed at all, for any
-batch size: the images whose gate is open are moved to the front of the batch, and the branch runs on that part of the
-activations, in place. The shortcut of a closed identity block costs nothing, because its input is what a ReLU left.
+batch size: the branch runs on a copy of the images whose gate is open, and what comes out is written back. The shortcut
+of a closed identity block costs nothing, because its input is what a ReLU left.
 
     fast = aig.accelerate(model)            # the outputs of model.eval(), sooner
     logits, gates = fast(images)
@@ -41,7 +41,7 @@ from convnet_aig import (
 
 # Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
-REPACKING = 1 << 17  # bytes of weights that take as long to bring into oneDNN's layout as a convolution to start
+FEW = 2  # so many photographs at a time are no faster than one by one
 
 
 class Convolution:
@@ -81,53 +81,9 @@ class Convolution:
         return out.relu_() if relu else out
 
 
-class Rows:
-    """The activations of images on their way through the network.
-
-    Attributes:
-        x: (N, C, H, W), in channels-last layout and our own to write over.
-        order: the image that each row belongs to.
-        changed: so many first rows of x are not what `pooled` was computed from.
-    """
-
-    def __init__(self, x: Tensor) -> None:
-        self.x, self.order = x, list(range(len(x)))
-        self.changed = len(x)
-
-    def update(self, x: Tensor, changed: int) -> None:
-        """Takes the output of a block, which differs from its input in the first `changed` rows."""
-        self.x, self.changed = x, changed
-
-    def pooled_by(self, gate: FoldedGate) -> Tensor:
-        """What the gate pools, (N, C). A row that no branch has changed since is not pooled again."""
-        if self.changed == len(self.order):
-            self.pooled = gate.pool(self.x)
-        elif self.changed:
-            self.pooled[: self.changed] = gate.pool(self.x[: self.changed])
-        self.changed = 0
-        return self.pooled
-
-    def to_front(self, chosen: Sequence[bool]) -> None:
-        """Moves the chosen rows before the others: no more rows than have to move."""
-        count = sum(chosen)
-        leaving = [row for row in range(count) if not chosen[row]]
-        coming = [row for row in range(count, len(chosen)) if chosen[row]]
-        if not coming:
-            return
-        source, target = coming + leaving, leaving + coming
-        images = [self.order[row] for row in source]
-        for row, image in zip(target, images, strict=True):
-            self.order[row] = image
-        source, target = torch.tensor([source, target], device=self.x.device)
-        for values in (self.x.permute(0, 2, 3, 1), self.pooled):  # the order of channels-last memory
-            values.index_copy_(0, target, values.index_select(0, source))
-
-    def in_order(self, values: Tensor) -> Tensor:
-        """Values of the rows, (N, ...), in the order of the images."""
-        if self.order == list(range(len(self.order))):
-            return values
-        index = torch.tensor(self.order, device=values.device)
-        return torch.empty_like(values).index_copy_(0, index, values)
+def rows_of(x: Tensor, rows: Tensor) -> Tensor:
+    """A copy of these rows, (N, C, H, W) -> (M, C, H, W), in channels-last layout as x is."""
+    return x.permute(0, 2, 3, 1).index_select(0, rows).permute(0, 3, 1, 2)
 
 
 class ConditionalBlock:
@@ -141,31 +97,40 @@ class ConditionalBlock:
     def parts(self) -> list[Convolution | FoldedGate]:
         return [part for part in (*self.inner, self.last, self.shortcut, self.gate) if part is not None]
 
-    def log_odds(self, rows: Rows) -> Tensor:
-        """What the gate says to each row, (N, 1)."""
-        return self.gate(rows.pooled_by(self.gate), rows.x.shape[2] * rows.x.shape[3])
+    def log_odds(self, x: Tensor, pooled: Tensor) -> Tensor:
+        """What the gate says to each row, (N,), from what it pools of x."""
+        return self.gate(pooled, x.shape[2] * x.shape[3])[:, 0]
 
-    def run(self, rows: Rows, is_open: Sequence[bool]) -> None:
-        """relu(shortcut(x) + F(x)) for the rows that are open, relu(shortcut(x)) for the others."""
-        count, total = sum(is_open), len(is_open)
-        if 0 < count < total:
-            rows.to_front(is_open)
-        out = rows.x if self.shortcut is None else self.shortcut(rows.x, relu=False)
-        if count == total:
-            self.last(self.branch(rows.x), into=out)
-        elif count:
-            self.last(self.branch(rows.x[:count]), into=out[:count])
+    def run(self, x: Tensor) -> Tensor:
+        """relu(shortcut(x) + F(x)), written over x if the shortcut is the identity."""
+        return self.last(self.branch(x), into=x if self.shortcut is None else self.shortcut(x, relu=False))
+
+    def skip(self, x: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor | None]:
+        """relu(shortcut(x)), and what the gate pools of that: None if it has yet to be pooled."""
+        return (x, pooled) if self.shortcut is None else (self.shortcut(x), None)  # x is what a ReLU left: relu(x) = x
+
+    def run_open(self, x: Tensor, pooled: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`run` for the rows that are open, `skip` for the others; written over x and `pooled`, as there."""
+        rows = is_open.nonzero()[:, 0]  # reads from the device
+        if len(rows) == len(x):
+            return self.run(x), None
+        if not len(rows):
+            return self.skip(x, pooled)
+        taken = rows_of(x, rows)
         if self.shortcut is None:
-            rows.update(out, count)  # the others are what a ReLU left: relu(x) = x
+            ran = self.last(self.branch(taken), into=taken)
+            pooled.index_copy_(0, rows, self.gate.pool(ran))
         else:
-            out[count:].relu_()
-            rows.update(out, total)
+            x, pooled = self.shortcut(x, relu=False), None
+            ran = self.last(self.branch(taken), into=rows_of(x, rows))
+            x.relu_()
+        x.permute(0, 2, 3, 1).index_copy_(0, rows, ran.permute(0, 2, 3, 1))
+        return x, pooled
 
-    def scale(self, rows: Rows, z: Tensor) -> None:
-        """relu(shortcut(x) + z F(x)) for all rows, z (N, 1)."""
-        out = rows.x if self.shortcut is None else self.shortcut(rows.x, relu=False)
-        residual = self.last(self.branch(rows.x), relu=False)
-        rows.update(residual.mul_(z[..., None, None]).add_(out).relu_(), len(out))
+    def scale(self, x: Tensor, z: Tensor) -> Tensor:
+        """relu(shortcut(x) + z F(x)), z (N,)."""
+        out = x if self.shortcut is None else self.shortcut(x, relu=False)
+        return self.last(self.branch(x), relu=False).mul_(z[:, None, None, None]).add_(out).relu_()
 
     def branch(self, x: Tensor) -> Tensor:
         """All of the branch but its last convolution."""
@@ -192,8 +157,6 @@ class Accelerated(nn.Module):
         self.blocks = [ConditionalBlock(block) for block in model.blocks()]
         self.linear = copy.deepcopy(model.linear).requires_grad_(False)
         convolutions = [part for part in self.parts() if isinstance(part, Convolution)]
-        mean_size = sum(conv.weight.nbytes for conv in convolutions) / len(convolutions)
-        self.repacking = mean_size / REPACKING  # in starts of a convolution
         self.poison = sum((0 * conv.weight.sum() + 0 * conv.bias.sum()).item() for conv in convolutions)  # 0 or NaN
         self.eval()
 
@@ -250,66 +213,56 @@ class Accelerated(nn.Module):
         if x.device.type != "cpu":
             return max(1, len(x))
         size = CHUNK_PIXELS // (x.shape[2] * x.shape[3])
-        return size if size > self.repacking else 1
+        return size if size > FEW else 1
 
-    def start(self, x: Tensor) -> Rows:
-        return Rows(self.maxpool(self.conv1(x.contiguous(memory_format=torch.channels_last))))
+    def start(self, x: Tensor) -> Tensor:
+        """The activations before the first block, in channels-last layout and our own to write over."""
+        return self.maxpool(self.conv1(x.contiguous(memory_format=torch.channels_last)))
 
-    def finish(self, rows: Rows) -> Tensor:
-        return rows.in_order(self.linear(rows.x.mean((2, 3))))
+    def finish(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x.mean((2, 3))), z.to(x)
 
     def skipping(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Runs the branches that are open: logits (N, K) and z (L, N).
 
         The decisions of a gated block are the one thing that it reads from the device.
         """
-        rows, biases = self.start(x), iter(bias.tolist())
-        z = []
+        x, pooled, biases, z = self.start(x), None, iter(bias), []
         for block in self.blocks:
             if block.gate is None:
-                is_open = [True] * len(x)
-                z.append(is_open)
-            else:
-                scores, added = block.log_odds(rows).tolist(), next(biases)
-                is_open = [score + added[image] > 0 for (score,), image in zip(scores, rows.order, strict=True)]
-                by_image = dict(zip(rows.order, is_open, strict=True))
-                z.append([by_image[image] for image in range(len(x))])
-            block.run(rows, is_open)
-        return self.finish(rows), torch.tensor(z, dtype=rows.x.dtype, device=x.device)
+                z.append(x.new_ones(len(x), dtype=torch.bool))
+                x, pooled = block.run(x), None
+                continue
+            pooled = block.gate.pool(x) if pooled is None else pooled
+            z.append(block.log_odds(x, pooled) + next(biases) > 0)
+            x, pooled = block.run_open(x, pooled, z[-1])
+        return self.finish(x, torch.stack(z))
 
     def skipping_single(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """`skipping` for one image, whose time is mostly overhead: no rows to sort, only branches to take or not."""
-        x, biases = self.start(x).x, iter(bias.flatten().tolist())
-        pooled, z = None, []
+        """`skipping` for one image, whose time is mostly overhead: no rows to pick, only branches to take or not."""
+        x, pooled, biases, z = self.start(x), None, iter(bias.flatten().tolist()), []
         for block in self.blocks:
             is_open = True
             if block.gate is not None:
-                pooled = block.gate.pool(x) if pooled is None else pooled  # after a closed branch x is what it was
+                pooled = block.gate.pool(x) if pooled is None else pooled
                 is_open = block.gate(pooled, x.shape[2] * x.shape[3]).item() + next(biases) > 0
-            out = x if block.shortcut is None else block.shortcut(x, relu=False)
-            if is_open:
-                block.last(block.branch(x), into=out)
-            elif block.shortcut is not None:
-                out.relu_()
-            pooled = None if is_open or block.shortcut is not None else pooled
+            x, pooled = (block.run(x), None) if is_open else block.skip(x, pooled)
             z.append([is_open])
-            x = out
-        return self.linear(x.mean((2, 3))), torch.tensor(z, dtype=x.dtype, device=x.device)
+        return self.finish(x, torch.tensor(z))
 
     def masked(self, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """Runs every branch and multiplies it by its gate: logits (N, K) and z (L, N)."""
-        rows, biases = self.start(x), iter(bias)
-        z = []
+        x, biases, z = self.start(x), iter(bias), []
         for block in self.blocks:
             if block.gate is None or self.gate_mode == "all":
-                z.append(rows.x.new_ones(len(x), 1))
-                block.run(rows, [True] * len(x))
+                z.append(x.new_ones(len(x)))
+                x = block.run(x)
                 continue
-            score = block.log_odds(rows)  # (N, 1)
+            score = block.log_odds(x, block.gate.pool(x))
             expected = self.gate_mode == "expected"
-            z.append(score.sigmoid() if expected else (score + next(biases)[:, None] > 0).to(score.dtype))
-            block.scale(rows, z[-1])
-        return self.finish(rows), torch.cat(z, dim=1).t()
+            z.append(score.sigmoid() if expected else (score + next(biases) > 0).to(score.dtype))
+            x = block.scale(x, z[-1])
+        return self.finish(x, torch.stack(z))
 
 
 def accelerate(model: AdaptiveResNet, images: Tensor | None = None) -> Accelerated:

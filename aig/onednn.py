@@ -39,12 +39,15 @@ def fused_kernels() -> tuple[Callable, Callable] | None:
 
 
 def pack(weight: Tensor, stride: tuple, padding: tuple, groups: int, shape: Sequence[int]) -> Tensor:
-    """The weight of a convolution in the layout that oneDNN wants for inputs of this shape, and for no other."""
+    """The weight of a convolution in the layout that oneDNN wants for inputs of this shape.
+
+    For another number of images it has wanted the same so far; where it does not, it packs anew in every call.
+    """
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), groups, list(shape))
 
 
 class PackedWeight:
-    """The weight of a convolution, packed for the shape of input it has seen last.
+    """The weight of a convolution, packed for images of the size that it has seen last, any number of them.
 
     Args:
         weight: (C', C / groups, k, k), float32 on the CPU.
@@ -55,24 +58,19 @@ class PackedWeight:
         self.weight, self.bias, self.stride, self.padding, self.groups = weight, bias, stride, padding, groups
         self.plain, self.added = fused_kernels()
         self.packed: Tensor | None = None
-        self.shape: torch.Size | None = None  # of the input for which it was packed
+        self.shape: torch.Size | None = None  # of the last input
 
     def __call__(self, x: Tensor, activation: str, into: Tensor | None) -> Tensor:
         """activation(conv(x) + into), written over `into` if given; "relu", or without `into` "none"."""
-        shape = x.shape
-        weight = self.packed if shape == self.shape else self.weight_for(shape)
-        bias, padding, stride, groups = self.bias, self.padding, self.stride, self.groups
+        if x.shape != self.shape:
+            self.prepare(x.shape)
+        weight, bias, padding, stride, groups = self.packed, self.bias, self.padding, self.stride, self.groups
         if into is None:
             return self.plain(x, weight, bias, padding, stride, (1, 1), groups, activation, [], "")
         return self.added(into, x, weight, bias, padding, stride, (1, 1), groups, "add", 1.0, activation, [], "")
 
-    def weight_for(self, shape: torch.Size) -> Tensor:
-        """The weight, packed for a single image of this shape.
-
-        Several images share the unpacked one. oneDNN packs it anew in every call then, but their number changes from
-        call to call, and one packed weight for each number would fill the cache with copies.
-        """
-        if shape[0] > 1:
-            return self.weight
-        self.packed, self.shape = pack(self.weight, self.stride, self.padding, self.groups, shape), shape
-        return self.packed
+    def prepare(self, shape: torch.Size) -> None:
+        """Packs the weight for inputs of this shape, unless only the number of images is new."""
+        if self.shape is None or shape[1:] != self.shape[1:]:
+            self.packed = pack(self.weight, self.stride, self.padding, self.groups, shape)
+        self.shape = shape

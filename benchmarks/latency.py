@@ -48,16 +48,19 @@ def build(net: str, target_rates: Sequence[float] | None = None) -> AdaptiveResN
     return {"AIG-110": ResNet110_cifar, "AIG-50": ResNet50_ImageNet}[net](target_rates=target_rates).eval()
 
 
+def draw_pattern(rates: Sequence[float], batch: int) -> Tensor:
+    """Which gates of these rates are open, (gates, N): in each image as many as the rates ask for."""
+    rates, random = torch.tensor(rates), torch.Generator().manual_seed(0)
+    keys = torch.rand(len(rates), batch, generator=random).log() / rates[:, None]  # drawn without replacement
+    chosen = keys.topk(round(rates.sum().item()), dim=0).indices
+    return torch.zeros(len(rates), batch, dtype=torch.bool).scatter_(0, chosen, True)
+
+
 def forced(model: AdaptiveResNet, rates: Sequence[float], batch: int, device: torch.device) -> Forced:
     """The accelerated network with decisions of the given rates."""
     fast = Forced(model.to(device))
-    gated = torch.tensor([rate for rate, block in zip(rates, fast.blocks, strict=True) if block.gate])
-    random = torch.Generator().manual_seed(0)
-    # in each image as many gates as the rates ask for, drawn without replacement
-    keys = torch.rand(len(gated), batch, generator=random).log() / gated[:, None]
-    count = round(gated.sum().item())
-    is_open = torch.zeros(len(gated), batch, dtype=torch.bool).scatter_(0, keys.topk(count, dim=0).indices, True)
-    fast.pattern = torch.where(is_open, CERTAIN, -CERTAIN).to(device)
+    gated = [rate for rate, block in zip(rates, fast.blocks, strict=True) if block.gate]
+    fast.pattern = torch.where(draw_pattern(gated, batch), CERTAIN, -CERTAIN).to(device)
     return fast
 
 

@@ -29,6 +29,16 @@ def test_a_packed_weight_computes_the_convolution_for_every_shape_that_follows(g
         assert torch.equal(found, into)  # written over it
 
 
+@pytest.mark.skipif(not onednn.fused_kernels(), reason="this torch has no fused oneDNN kernels")
+def test_a_weight_is_packed_once_for_any_number_of_images(monkeypatch):
+    shapes, pack = [], onednn.pack
+    monkeypatch.setattr(onednn, "pack", lambda *args: (shapes.append(tuple(args[-1])), pack(*args))[1])
+    packed = PackedWeight(torch.randn(8, 4, 3, 3), torch.randn(8), (1, 1), (1, 1), 1)
+    for count, size in ((3, 9), (1, 9), (16, 9), (2, 12)):
+        packed(torch.randn(count, 4, size, size).contiguous(memory_format=torch.channels_last), "relu", None)
+    assert shapes == [(3, 4, 9, 9), (2, 4, 12, 12)]
+
+
 def test_kernels_that_miscompute_or_have_gone_are_not_used(monkeypatch):
     monkeypatch.setattr(onednn, "pack", lambda weight, *args: weight + 1)
     assert onednn.fused_kernels.__wrapped__() is None
