@@ -141,7 +141,7 @@ def one_image(graph: Graph, block: ConditionalBlock, x: str, pooled: str, is_ope
         x = base = run.add("MaxPool", x, out=f"{place}.same", kernel_shape=[1, 1])
     else:  # in both branches: ONNX Runtime before 1.23 aborts at a Conv whose output only an `If` takes
         base, passed = (convolution(branch, block.shortcut, x, f"{branch.name}.shortcut") for branch in (run, skip))
-        kept = skip.add("Relu", passed)
+        kept = skip.add("Relu", passed, out=f"{place}.skip.shortcut.relu")
         means = pool(skip, kept, f"{place}.skip.pooled")
     total = run.add("Add", residual(run, block, x, place), base, out=f"{place}.sum")
     total = run.add("Relu", total, out=f"{place}.run")
