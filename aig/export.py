@@ -80,16 +80,16 @@ class Graph:
         return helper.make_graph(self.nodes, self.name, [], infos, self.constants)
 
 
-def convolution(graph: Graph, conv: Convolution, x: str, out: str, constants: Sequence[str] = ()) -> str:
-    """conv(x), its BatchNorm included. The names of weight and bias are given if they are in the file already."""
-    weight, bias = constants or (conv.weight, conv.bias)
+def convolution(graph: Graph, conv: Convolution, x: str, out: str) -> str:
+    """conv(x), its BatchNorm included."""
     geometry = {"strides": conv.stride, "pads": [*conv.padding, *conv.padding], "group": conv.groups}
-    return graph.add("Conv", x, weight, bias, out=out, kernel_shape=list(conv.weight.shape[2:]), **geometry)
+    shape = list(conv.weight.shape[2:])
+    return graph.add("Conv", x, conv.weight, conv.bias, out=out, kernel_shape=shape, **geometry)
 
 
 def pool(graph: Graph, x: str, out: str) -> str:
     """The channels' means, which the gates and the head take: (N, C, H, W) -> (N, C)."""
-    return graph.add("Flatten", graph.add("GlobalAveragePool", x, out=f"{out}.mean"), out=out)
+    return graph.add("ReduceMean", x, [2, 3], out=out, keepdims=0)
 
 
 def decide(graph: Graph, gate: FoldedGate, pooled: str, threshold: float, place: str) -> str:
@@ -131,17 +131,19 @@ def always(graph: Graph, block: ConditionalBlock, x: str, place: str) -> str:
 
 
 def one_image(graph: Graph, block: ConditionalBlock, x: str, pooled: str, is_open: str, place: str) -> tuple[str, str]:
-    """A block as an `If`: its output, and the means of that, pooled in the branch because the data is at hand there."""
+    """A block as an `If`: its output, and the means of that, pooled in the branch because the data is at hand there.
+
+    ONNX Runtime takes its blocked layout for convolutions whose weights are in the branch itself, and adds and clamps
+    within the last one if what is added has that layout, too. A `MaxPool` of one pixel, which changes nothing, gives it
+    to x. See results/export.md.
+    """
     run, skip = Graph(f"{place}.run"), Graph(f"{place}.skip")
     if block.shortcut is None:  # x is what a ReLU left, and its means are known
-        base, kept, means = x, skip.add("Identity", x), skip.add("Identity", pooled)
+        kept, means = skip.add("Identity", x), skip.add("Identity", pooled)
+        x = base = run.add("MaxPool", x, out=f"{place}.same", kernel_shape=[1, 1])
     else:  # in both branches: ONNX Runtime before 1.23 aborts at a Conv whose output only an `If` takes
-        values = {"weight": block.shortcut.weight, "bias": block.shortcut.bias}
-        constants = [graph.constant(f"{place}.shortcut.{name}", value) for name, value in values.items()]
-        base, passed = (
-            convolution(branch, block.shortcut, x, f"{branch.name}.shortcut", constants) for branch in (run, skip)
-        )
-        kept = skip.add("Relu", passed)
+        base, passed = (convolution(branch, block.shortcut, x, f"{branch.name}.shortcut") for branch in (run, skip))
+        kept = skip.add("Relu", passed, out=f"{place}.skip.shortcut.relu")
         means = pool(skip, kept, f"{place}.skip.pooled")
     total = run.add("Add", residual(run, block, x, place), base, out=f"{place}.sum")
     total = run.add("Relu", total, out=f"{place}.run")
