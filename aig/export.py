@@ -133,14 +133,11 @@ def always(graph: Graph, block: ConditionalBlock, x: str, place: str) -> str:
 def one_image(graph: Graph, block: ConditionalBlock, x: str, pooled: str, is_open: str, place: str) -> tuple[str, str]:
     """A block as an `If`: its output, and the means of that, pooled in the branch because the data is at hand there.
 
-    ONNX Runtime takes its blocked layout for convolutions whose weights are in the branch itself, and adds and clamps
-    within the last one if what is added has that layout, too. A `MaxPool` of one pixel, which changes nothing, gives it
-    to x. See results/export.md.
+    ONNX Runtime takes its blocked layout for convolutions whose weights are in the branch itself; see results/export.md.
     """
     run, skip = Graph(f"{place}.run"), Graph(f"{place}.skip")
     if block.shortcut is None:  # x is what a ReLU left, and its means are known
-        kept, means = skip.add("Identity", x), skip.add("Identity", pooled)
-        x = base = run.add("MaxPool", x, out=f"{place}.same", kernel_shape=[1, 1])
+        base, kept, means = x, skip.add("Identity", x), skip.add("Identity", pooled)
     else:  # in both branches: ONNX Runtime before 1.23 aborts at a Conv whose output only an `If` takes
         base, passed = (convolution(branch, block.shortcut, x, f"{branch.name}.shortcut") for branch in (run, skip))
         kept = skip.add("Relu", passed, out=f"{place}.skip.shortcut.relu")
