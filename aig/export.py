@@ -133,7 +133,7 @@ def always(graph: Graph, block: ConditionalBlock, x: str, place: str) -> str:
 def one_image(graph: Graph, block: ConditionalBlock, x: str, pooled: str, is_open: str, place: str) -> tuple[str, str]:
     """A block as an `If`: its output, and the means of that, pooled in the branch because the data is at hand there.
 
-    ONNX Runtime takes its blocked layout for convolutions whose weights are in the branch itself; see results/export.md.
+    ONNX Runtime takes its blocked layout for convolutions whose weights are in the branch; see results/export.md.
     """
     run, skip = Graph(f"{place}.run"), Graph(f"{place}.skip")
     if block.shortcut is None:  # x is what a ReLU left, and its means are known
