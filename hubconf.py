@@ -51,19 +51,22 @@ def convnet_aig_152(pretrained: bool = False, target_rates=0.7, num_classes: int
     return _gated(152, pretrained, target_rates, num_classes)
 
 
-def resnet_50(pretrained: bool = False):
-    """The twin of convnet_aig_50 without gates; with pretrained=True it downloads torchvision's IMAGENET1K_V1."""
-    return _plain(50, pretrained)
+def resnet_50(pretrained: bool = False, num_classes: int = 1000):
+    """The twin of convnet_aig_50 without gates.
+
+    With pretrained=True it downloads torchvision's IMAGENET1K_V1; a head for another number of classes stays fresh.
+    """
+    return _plain(50, pretrained, num_classes)
 
 
-def resnet_101(pretrained: bool = False):
+def resnet_101(pretrained: bool = False, num_classes: int = 1000):
     """The twin of convnet_aig_101 without gates; otherwise as resnet_50."""
-    return _plain(101, pretrained)
+    return _plain(101, pretrained, num_classes)
 
 
-def resnet_152(pretrained: bool = False):
+def resnet_152(pretrained: bool = False, num_classes: int = 1000):
     """The twin of convnet_aig_152 without gates; otherwise as resnet_50."""
-    return _plain(152, pretrained)
+    return _plain(152, pretrained, num_classes)
 
 
 def _gated(depth, pretrained, target_rates, num_classes):
@@ -75,8 +78,8 @@ def _gated(depth, pretrained, target_rates, num_classes):
     return getattr(_models, f"ResNet{depth}_ImageNet")(num_classes, target_rates)
 
 
-def _plain(depth, pretrained):
-    model = _gated(depth, False, 1, 1000)
+def _plain(depth, pretrained, num_classes):
+    model = _gated(depth, False, 1, num_classes)
     if pretrained:
         _read_pretrained("torchvision", f"resnet{depth}").load_into(model)
     return model

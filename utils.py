@@ -32,7 +32,7 @@ PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_po
 PER_CALL += ("workers",)
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
 IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
-BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # provisional: benchmarks/pilot.py is to confirm them
+BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # see results/pilot.md
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
 
@@ -481,7 +481,8 @@ def run_test(
     del result["gates_by_class"]
     epoch = checkpoint.get("epoch")
     result["epoch"] = epoch - 1 if isinstance(epoch, int) else None  # the file holds the next one to run
-    result |= {"checkpoint": Path(args.resume).name, "image_size": list(loaders.val.size), "data": args.data}
+    result |= {"checkpoint": Path(args.resume).name, "weights": networks.digest(checkpoint["state_dict"])}
+    result |= {"image_size": list(loaders.val.size), "data": args.data}
     say(evaluation.describe(result, args.gate_mode, target_rates, args.budget))
     if args.test_size:
         say(f"not written to {path}, which is about all images")

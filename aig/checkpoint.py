@@ -23,7 +23,7 @@ from convnet_aig import GATE_LAYERS
 
 CHECKPOINT, BEST, TEST = "checkpoint.pth.tar", "model_best.pth.tar", "test.json"  # of a run folder
 CONFIG, WEIGHTS = "config.json", "model.safetensors"  # of a model folder, see `aig.folders`
-TRAINED = (BEST, CHECKPOINT, WEIGHTS)  # of a folder, what to take for its trained network
+TRAINED = (BEST, CHECKPOINT, WEIGHTS)  # a folder's trained network is in the first of these that it has
 KINDS = {"epoch": (int,), "step": (int,), "seen": (int,), "seconds": (int, float), "is_best": (bool,), "sums": (dict,)}
 MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would read nothing
 
@@ -79,7 +79,8 @@ def check_args(args: Any, path: str | Path) -> None:
         return all(isinstance(value, (int, float)) and math.isfinite(value) for value in args[name])
 
     try:
-        fit = isinstance(args, dict) and all(isinstance(name, str) for name in args.get("classes", []))
+        classes = args.get("classes") if isinstance(args, dict) else 0
+        fit = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
         if fit and "mean" in args:
             fit = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
             fit = fit and min(args["std"]) > 0

@@ -4,16 +4,17 @@
     python -m aig.demo                  # the network that comes with the repository; or a run, a model folder, ...
 
 For an image, or two side by side: its classes, its graph block by block, what that costs, and a slider for the
-threshold at which gates open. The page needs no internet, and nobody else can reach it.
+threshold at which gates open. The page needs no internet, and other machines cannot reach it.
 """
 
 from __future__ import annotations
 
 import html
 import os
+import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -36,8 +37,12 @@ HERE = Path(__file__).parent
 ROOT = HERE if (HERE / "released").exists() else HERE.parent  # installed, or a checkout
 RELEASED = ROOT / ("released" if ROOT == HERE else "results/model") / "aig20-cifar10-jpeg"
 EXAMPLES = ROOT / ("examples" if ROOT == HERE else "docs/images")
+HOST = "127.0.0.1"
 GUESSES = 5  # classes shown
+STEP = 0.005  # of the slider
 LARGEST = "20mb"  # of an uploaded file
+NARROW = 50  # an image so many times longer than wide would need too much memory when it is resized
+KEPT = 3600  # seconds that an uploaded file is kept
 CSS = """
 .graph { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 12px; }
 .graph .blocks { display: flex; flex-wrap: wrap; gap: 3px; }
@@ -76,9 +81,11 @@ class Graph:
 
 @torch.no_grad()
 def look(model: AdaptiveResNet, cost: Macs, path: str | Path, threshold: float | Sequence[float]) -> Graph:
-    """The graph of an image file at a threshold. Raises InputError if the file is no image."""
-    model.threshold = threshold
-    image = model.preprocess(read_image(path))[None]
+    """The graph of an image file at a threshold. Raises InputError if the file is no image, or a very narrow one."""
+    model.threshold, picture = threshold, read_image(path)
+    if max(picture.size) > NARROW * min(picture.size):
+        raise InputError(f"{path} is {picture.width} x {picture.height} pixels: too narrow")
+    image = model.preprocess(picture)[None]
     with recorded_scores(model) as scores:
         logits, gates = model(image)
     odds = iter(scores)
@@ -98,7 +105,9 @@ def draw(graph: Graph, cost: Macs, stages: Sequence[int], tested: dict[str, Any]
     use = f"{sum(graph.opened)} of {len(graph.opened)} blocks; {graph.macs / 1e6:.2f} MMACs, {share}"
     costs = [("this image", graph.macs / cost.dense, "own"), ("dense net", 1, "")]
     if mean := tested.get("macs_classes", {}).get(best[0][0]):
-        costs.insert(1, (f"test images of class {best[0][0]}, mean", mean / cost.dense, ""))
+        at = tested.get("threshold")
+        at = f" at {at:g}" if isinstance(at, float) else ""
+        costs.insert(1, (f"mean of test images of class {best[0][0]}{at}", mean / cost.dense, ""))
     return draw_graph(graph, stages) + f"<p>{use}</p>" + bars(costs) + bars([(*each, "own") for each in best])
 
 
@@ -129,9 +138,12 @@ def bars(rows: Iterable[tuple[str, float, str]]) -> str:
     return f'<div class="bars">{"".join(cells)}</div>'
 
 
-def shown(model: AdaptiveResNet, cost: Macs, tested: dict[str, Any], path: str | None, threshold: float) -> str:
-    """The HTML for an image file, or for none, or for one that is no image."""
-    if not path:
+def shown(
+    model: AdaptiveResNet, cost: Macs, tested: dict[str, Any], folders: Sequence[Path], path: str | None,
+    threshold: float | Sequence[float],
+) -> str:
+    """The HTML for an image file, or for none, or for one that is no image. It has to be in one of the folders."""
+    if not path or not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
         return '<p class="note">Choose an image.</p>'
     try:
         return draw(look(model, cost, path, threshold), cost, model.stages, tested)
@@ -150,6 +162,8 @@ def without_path(error: InputError, path: str) -> str:
 def require_gradio() -> ModuleType:
     """Gradio, with its telemetry off. Raises InputError if it is not installed."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when it is imported
+    local = ",".join(filter(None, [os.environ.get("no_proxy"), HOST]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = local  # it looks at its own page when it starts
     try:
         import gradio
     except ImportError as error:
@@ -165,15 +179,18 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
         tested: what `--test` measured in mode argmax, or {}.
     """
     gradio, cost, own = require_gradio(), count_macs(model, model.preprocess.size), model.threshold
-    one = own if isinstance(own, float) else 0.5
-    show = partial(shown, model, cost, tested)
-    with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False) as page:
-        gradio.Markdown(
-            f"# Which blocks does an image use?\n**{name}**: {sum(model.stages)} residual blocks, {model.num_gates} of "
-            "them with a gate, which opens where P(open) is above the threshold. Filled blocks ran, dashed ones were "
-            f"skipped; the numbers are P(open). {note(model, tested)}"
-        )
-        slider = gradio.Slider(0.01, 0.99, one, step=0.01, label="threshold of P(open)", elem_id="threshold")
+    many = isinstance(own, list)
+    files = sorted(map(str, EXAMPLES.glob("*.jpg")))
+
+    def show(path: str | None, threshold: float, is_own: bool) -> str:
+        at = own if is_own else min(max(threshold, STEP), 1 - STEP)
+        return shown(model, cost, tested, [EXAMPLES.resolve(), Path(image.GRADIO_CACHE).resolve()], path, at)
+
+    with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+        gradio.Markdown(f"# Which blocks does an image use?\n**{html.escape(name)}**: {note(model, tested)}")
+        slider = gradio.Slider(0, 1, 0.5 if many else own, step=STEP, label="threshold of P(open)", elem_id="threshold",
+                               visible=model.num_gates > 0)
+        is_own = gradio.Checkbox(many, label="the network's own threshold for each gate instead", visible=many)
         with gradio.Row():
             for side, example in zip(("left", "right"), examples(model), strict=True):
                 with gradio.Column(min_width=320):
@@ -181,24 +198,22 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
                                          label=f"{side} image", elem_id=side, elem_classes="picture", buttons=[])
                     image.preprocess = lambda file: file and file.path  # `shown` says if that is no image
                     drawn = gradio.HTML(elem_id=f"{side}-graph")
-                    if files := sorted(map(str, EXAMPLES.glob("*.jpg"))):
+                    if files:
                         gradio.Examples(files, image, label="examples")
                     hidden = {"show_progress": "hidden", "concurrency_id": "network", "api_visibility": "private"}
-                    gradio.on([image.change, slider.change, page.load], show, [image, slider], drawn,
-                              trigger_mode="always_last", **hidden)
+                    gradio.on([image.change, slider.change, is_own.change, page.load], show, [image, slider, is_own],
+                              drawn, trigger_mode="always_last", **hidden)
     return page
 
 
 def note(model: AdaptiveResNet, tested: dict[str, Any]) -> str:
     """What a reader of the page has to know of this network."""
-    text = []
-    if isinstance(model.threshold, list):
-        text.append("It has a threshold for each gate; the slider sets one for all.")
-    if tested:
-        at = tested.get("threshold")
-        at = f" at the threshold {at:g}" if isinstance(at, (int, float)) else ""
-        text.append(f"Of {tested['images']:,} test images it knew {tested['top1']:.1f} %{at}; the means "
-                    "are of these.")
+    text = [f"{sum(model.stages)} residual blocks, {model.num_gates or 'none'} of them with a gate."]
+    if model.num_gates:
+        text.append("A gate opens where P(open) is above the threshold. Filled blocks ran, dashed ones were skipped; "
+                    "the numbers are P(open).")
+    if {"images", "top1"} <= tested.keys():
+        text.append(f"{tested['top1']:.1f} % of {tested['images']:,} test images were classified rightly.")
     return " ".join(text)
 
 
@@ -211,7 +226,8 @@ def examples(model: AdaptiveResNet) -> list[str | None]:
 def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.demo", description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default=str(RELEASED), metavar="MODEL",
-                        help="a model folder, run folder or checkpoint (default: the released network)")
+                        help="a model folder, run folder, checkpoint, or name on the Hugging Face Hub (default: the "
+                        "released network)")
     parser.add_argument("--port", type=number(int, 1, 65535), help="of the page (default: the first free from 7860)")
     parser.add_argument("--open", action="store_true", help="open the page in the browser")
     return parser
@@ -221,20 +237,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     gradio = require_gradio()
     file = checkpoint_in(fetched(args.model), *TRAINED)
-    model, name = aig.load(file), file.parent.name if file.name in TRAINED else file.name
+    where = args.model if file.parent.name not in args.model and "/" in args.model else file.resolve().parent.name
+    model, name = aig.load(file), where if file.name in TRAINED else file.name
     page = make_page(model, name, results_of(file, load_checkpoint(file)).get("argmax", {}))
     allowed = [str(EXAMPLES)] if EXAMPLES.exists() else []
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the internet
     try:
         _, url, _ = page.launch(
-            server_name="127.0.0.1", server_port=args.port, share=False, inbrowser=args.open, quiet=True,
+            server_name=HOST, server_port=args.port, share=False, inbrowser=args.open, quiet=True,
             prevent_thread_lock=True, max_file_size=LARGEST, allowed_paths=allowed, css=CSS,
             theme=gradio.themes.Default(**fonts), ssr_mode=False, footer_links=[],
         )
     except OSError as error:
         raise InputError(f"cannot open the page: {error}; choose another --port") from error
     say(f"{name}: {url}  (Ctrl-C ends it)")
-    page.block_thread()
+    with suppress(KeyboardInterrupt):
+        threading.Event().wait()
+    page.close(verbose=False)
 
 
 if __name__ == "__main__":

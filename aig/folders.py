@@ -13,17 +13,20 @@ Everything that takes a checkpoint takes a model folder.
 
 from __future__ import annotations
 
+import html
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save as to_bytes
 
 import aig
-from aig.checkpoint import CONFIG, TEST, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
+from aig.checkpoint import BEST, CHECKPOINT, CONFIG, TEST, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
 from aig.console import InputError
 from aig.inference import Macs, count_macs
-from aig.networks import architecture, budgets_of, results_of
+from aig.networks import architecture, budgets_of, fetched, results_of
 from aig.runs import ARGS, atomic_write, make_folder, read_json, write_json
 from aig.runtime import PROGRAM
 from convnet_aig import AdaptiveResNet, check_thresholds
@@ -49,8 +52,8 @@ def save(
         overwrite: replace the files if they are there.
 
     Raises:
-        ValueError: if the model has no `classes` or `preprocess`.
-        InputError: if the files exist already, or the run cannot be read.
+        ValueError: if the model has no `classes` or `preprocess`, or other weights than the run.
+        InputError: if the files exist already, the folder is that of a run, or the run cannot be read.
     """
     folder = Path(folder)
     for name in ("classes", "preprocess"):
@@ -59,29 +62,36 @@ def save(
     if len(model.classes) != model.linear.out_features:
         raise ValueError(f"{len(model.classes)} classes are named, but the network has {model.linear.out_features}")
     check_thresholds(model.threshold, model.num_gates)
-    there = [name for name in (WEIGHTS, CONFIG, CARD) if (folder / name).exists()]
+    if any((folder / name).exists() for name in (BEST, CHECKPOINT)):
+        raise InputError(f"{folder} is the folder of a run: choose another one")
+    there = [name for name in (WEIGHTS, CONFIG, CARD, TEST) if (folder / name).exists()]
     if there and not overwrite:
         raise InputError(f"{folder} holds a {there[0]} already: add --overwrite, or choose another folder")
-    file = checkpoint_in(run, *TRAINED) if run else None
+    file = checkpoint_in(fetched(run), *TRAINED) if run else None
     checkpoint = load_checkpoint(file) if file else {}
-    config = describe(model, file, checkpoint)
+    own = model.state_dict()
+    if any(not torch.equal(own[key], value) for key, value in checkpoint.get("state_dict", {}).items() if key in own):
+        raise ValueError(f"the network is not that of {file}, whose results would be quoted")
+    config = describe(model, file, checkpoint, licence)
     results = results_of(file, checkpoint) if file else {}
-    environment = read_json(file.with_name(ARGS)) if file else {}
-    text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results, environment, licence)
+    text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results)
     make_folder(folder, "the model folder")
+    (folder / CONFIG).unlink(missing_ok=True)  # without it the folder does not load until all is written
     with atomic_write(folder / WEIGHTS) as target:
-        target.write(to_bytes({key: value.contiguous() for key, value in model.state_dict().items()}))
+        target.write(to_bytes({key: value.contiguous() for key, value in own.items()}))
     (folder / TEST).unlink(missing_ok=True)  # of another network
     if results:
         write_json(folder / TEST, {key: {**result, "checkpoint": WEIGHTS} for key, result in results.items()})
     with atomic_write(folder / CARD) as target:
         target.write(text.encode())
-    write_json(folder / CONFIG, config)  # the last one: without it, a folder is none
+    write_json(folder / CONFIG, config)
 
 
-def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
+def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any], licence: str) -> dict[str, Any]:
     """What config.json says of a network, and of the checkpoint that it is from."""
     how, own = model.preprocess, recorded(checkpoint)
+    run = read_json(file.with_name(ARGS)) if file else {}
+    training = {name: run[name] for name in ("commands", "hardware", "versions") if name in run}
     config = {
         "library_name": PROGRAM,
         "library_version": aig.__version__,
@@ -90,8 +100,11 @@ def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any
         "image_size": how.size,
         "mean": list(how.mean),
         "std": list(how.std),
+        "photographs": how.photographs,
         "threshold": model.threshold,
         "budgets": budgets_of(file, checkpoint) if file else {},
+        "training": training or own.get("training", {}),
+        "licence": licence or own.get("licence", ""),
     }
     flags = {name: value for name, value in own.items() if name not in config and not isinstance(value, dict)}
     flags |= {name: unplaced(value) for name, value in flags.items() if name in PATHS}
@@ -107,16 +120,10 @@ def unplaced(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- the card
 
 
-def card(
-    name: str,
-    config: dict[str, Any],
-    cost: Macs,
-    results: dict[str, dict[str, Any]],
-    environment: dict[str, Any],
-    licence: str,
-) -> str:
+def card(name: str, config: dict[str, Any], cost: Macs, results: dict[str, dict[str, Any]]) -> str:
     """The model card, in Markdown, with the header that the Hub reads."""
-    header = ["---", f"library_name: {PROGRAM}", *([f"license: {licence.lower()}"] if licence else [])]
+    licence = json.dumps(config["licence"].lower())  # a string in YAML, too
+    header = ["---", f"library_name: {PROGRAM}", *([f"license: {licence}"] if config["licence"] else [])]
     header += ["pipeline_tag: image-classification", "tags: [conditional-computation, adaptive-inference-graph]", "---"]
     parts = [
         "\n".join(header),
@@ -126,9 +133,9 @@ def card(
         if any(config["architecture"]["gated"])
         else "A plain ResNet, as a teacher or yardstick for networks with gates.",
         usage(name),
-        "\n".join(facts(config, cost, licence)),
-        training(config, environment),
-        accuracies(results, config["flags"].get("data")),
+        "\n".join(facts(config, cost)),
+        training(config),
+        accuracies(results, config),
         limits(config),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -146,23 +153,24 @@ print(net.classes[logits.argmax()], [int(z) for z in gates])  # gates: 1 for eac
 ```"""
 
 
-def facts(config: dict[str, Any], cost: Macs, licence: str) -> list[str]:
+def facts(config: dict[str, Any], cost: Macs) -> list[str]:
     """What the network is, as a list."""
     structure, size = config["architecture"], config["image_size"]
     stages, gated = structure["stages"], sum(structure["gated"])
     many = isinstance(config["threshold"], Sequence)
     threshold = "a threshold for each gate" if many else f"the threshold {config['threshold']:g}"
     budgets = ", ".join(config["budgets"])
+    with_gates = f"; the gates take {sum(cost.gates) / 1e6:.3f} M more" if gated else ""
+    classes = [html.escape(name) for name in config["classes"][:20]]
     lines = [
         f"- **Network**: {structure['network']} of {sum(stages)} {structure['block']}s ({' + '.join(map(str, stages))} "
-        f"by stage), {gated} of them with a gate; {structure['parameters']:,} parameters.",
-        f"- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs, gates not "
-        f"counted; the gates take {sum(cost.gates) / 1e6:.3f} M.",
+        f"by stage), {gated or 'none'} of them with a gate; {structure['parameters']:,} parameters.",
+        f"- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs{with_gates}.",
         f"- **Input**: RGB, {size} x {size} pixels, scaled to [0, 1], mean {rounded(config['mean'])}, "
         f"std {rounded(config['std'])}.",
-        f"- **Classes** ({len(config['classes'])}): {', '.join(config['classes'][:20])}"
+        f"- **Classes** ({len(config['classes'])}): {', '.join(classes)}"
         f"{', ...' if len(config['classes']) > 20 else ''}.",
-        f"- **Licence**: {licence or 'not stated'}.",
+        f"- **Licence**: {html.escape(config['licence']) or 'not stated'}.",
     ]
     if gated:
         lines.insert(3, f"- **Gates**: open where P(open) is above {threshold}"
@@ -174,9 +182,10 @@ def rounded(values: Sequence[float]) -> str:
     return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"
 
 
-def training(config: dict[str, Any], environment: dict[str, Any]) -> str:
+def training(config: dict[str, Any]) -> str:
     """How it was trained, and how to do so again."""
-    commands, flags = environment.get("commands", []), config["flags"]
+    environment, flags = config["training"], config["flags"]
+    commands = environment.get("commands", [])
     lines = ["## Training"]
     if commands:
         lines += ["", *(f"    {'' if line.startswith('python') else 'python '}{line}" for line in commands)]
@@ -193,28 +202,36 @@ def training(config: dict[str, Any], environment: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def accuracies(results: dict[str, dict[str, Any]], data: Any) -> str:
-    """What `--test` measured, as a table."""
+def accuracies(results: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
+    """What `--test` measured, as a table. Raises InputError if results are not complete."""
     if not results:
         return "## Accuracy\n\nNot measured with `--test`."
-    first = next(iter(results.values()))
+    first, gated = next(iter(results.values())), any(config["architecture"]["gated"])
     tops = [name for name in ("top1", "top5") if name in first]
     titles = ["gate mode", *(f"top-{name[3:]}, %" for name in tops), "blocks run", "multiply-accumulates", "images"]
+    titles.append("threshold")
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for key, result in results.items():
-        values = [f"{result[name]:.2f}" for name in tops]
-        if "top1_std" in result:
-            values[0] += f" ± {result['top1_std']:.2f}"
-        values += [f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}", f"{result['images']:,}"]
-        lines.append(f"| `{key}` | {' | '.join(values)} |")
-    where = unplaced(first.get("data") or data) or "the training's data set"
+    try:
+        for key, result in results.items():
+            values = [f"{result[name]:.2f}" for name in tops]
+            if "top1_std" in result:
+                values[0] += f" ± {result['top1_std']:.2f}"
+            values += [f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}", f"{result['images']:,}"]
+            threshold = result["threshold"] if key.startswith("argmax") and gated else "–"
+            values.append("one a gate" if isinstance(threshold, list) else str(threshold)[:6])
+            lines.append(f"| `{key}` | {' | '.join(values)} |")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"the test results in {TEST} are damaged ({error!r}): move them away") from error
+    where = unplaced(first.get("data") or config["flags"].get("data")) or "the training's data set"
+    modes = [
+        "", "`argmax` opens a gate where P(open) is above a threshold; `argmax@budget=B` at thresholds chosen for a "
+        "budget, on training images; `sample` draws, as the authors' code does; `expected` and `all` run every block. "
+        "`+bn`: with BatchNorm's statistics estimated anew in that mode.",
+    ]
     return "\n".join([
         "## Accuracy", "",
         f"Of the test images of `{where}`, by `--test`. Blocks run as a part of all; multiply-accumulates, with those "
-        "of the gates, as a part of the dense net's.", "", *lines, "",
-        "`argmax` opens a gate at its threshold; `argmax@budget=B` at thresholds chosen for a budget, on training "
-        "images; `sample` draws, as the authors' code does; `expected` and `all` run every block. `+bn`: with "
-        "BatchNorm's statistics estimated anew in that mode.",
+        "of the gates, as a part of the dense net's.", "", *lines, *(modes if gated else []),
     ])
 
 
@@ -227,7 +244,7 @@ def limits(config: dict[str, Any]) -> str:
         "- Its accuracy against attacks and on images of another kind has not been measured here.",
     ]
     if epochs := flags.get("epochs"):
-        lines.append(f"- {epochs} epochs were planned, seed {flags.get('seed')}; one training says nothing of how much "
+        lines.append(f"- One training (epochs planned: {epochs}, seed {flags.get('seed')}) says nothing of how much "
                      "results vary.")
     if not flags.get("val_size") and flags:
         lines.append("- No training images were held out: while it trained, it was validated on the images tested.")

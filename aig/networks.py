@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,15 +86,17 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
     model.classes = own.get("classes") or [str(index) for index in range(num_classes)]
     if len(model.classes) != num_classes:
         raise InputError(f"{file} names {len(model.classes)} classes, but its network has {num_classes}")
-    photographs = isinstance(model, ResNet_ImageNet)
+    photographs = own.get("photographs", isinstance(model, ResNet_ImageNet))
     source = DATASETS.get(str(own.get("dataset", "cifar10")), DATASETS["cifar10"])
     size = own.get("image_size", 224 if photographs else source.size)
     usual = IMAGENET_STATISTICS if photographs else source.statistics or IMAGENET_STATISTICS
     mean, std = (own["mean"], own["std"]) if "mean" in own else usual
     if type(size) is not int or not 8 <= size <= 4096:
         raise InputError(f"{file}: its image_size is malformed; not a checkpoint of this program")
-    model.preprocess = Preprocess(size, mean, std, photographs)
+    model.preprocess = Preprocess(size, mean, std, bool(photographs))
     model.threshold = recorded_threshold(own, model.num_gates)
+    if file.name == WEIGHTS and model.threshold != own.get("threshold", 0.5):
+        raise InputError(f"{file}: the threshold in the {CONFIG} beside it is unfit for {model.num_gates} gates")
     if budget is not None:
         known = budgets_of(file, checkpoint)
         if f"{budget:g}" not in known:
@@ -108,13 +111,13 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
 
 
 def fetched(path: str | Path) -> Path:
-    """The path, or if there is nothing, and it is a name on the Hugging Face Hub, where that model is kept now.
+    """The path; if nothing is there, and it may be a name on the Hugging Face Hub, where that model was downloaded to.
 
     Raises:
         InputError: if it cannot be had.
     """
     path = Path(path)
-    if not HUB_NAME.fullmatch(str(path)) or path.parent.exists():
+    if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.parts[0] == "runs":
         return path
     try:
         from huggingface_hub import hf_hub_download
@@ -122,7 +125,10 @@ def fetched(path: str | Path) -> Path:
         extra = 'pip install "convnet-aig[hub]"'
         raise InputError(f"nothing is at {path}; if that is a name on the Hugging Face Hub, {extra}") from None
     try:
-        return Path([hf_hub_download(str(path), name) for name in (CONFIG, WEIGHTS)][-1])
+        hf_hub_download(str(path), CONFIG)
+        with suppress(OSError):  # a model without test results
+            hf_hub_download(str(path), TEST)
+        return Path(hf_hub_download(str(path), WEIGHTS))
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise InputError(f"nothing is at {path}, nor can it be had from the Hugging Face Hub ({reason})") from error
@@ -141,12 +147,13 @@ def architecture(model: AdaptiveResNet) -> dict[str, Any]:
 
 
 def recorded_threshold(own: dict[str, Any], num_gates: int) -> float | list[float]:
+    """That of mode argmax, 0.5 if it is malformed."""
     threshold = own.get("threshold", 0.5)
     try:
         check_thresholds(threshold, num_gates)
     except (TypeError, ValueError):
         return 0.5
-    return threshold
+    return threshold if isinstance(threshold, (float, list)) else 0.5
 
 
 def results_of(file: Path, checkpoint: dict) -> dict[str, dict[str, Any]]:
@@ -155,11 +162,20 @@ def results_of(file: Path, checkpoint: dict) -> dict[str, dict[str, Any]]:
     now = {"checkpoint": file.name, "epoch": epoch - 1 if isinstance(epoch, int) else None}
     try:
         results = json.loads(path.read_text())
+        now["weights"] = digest(checkpoint["state_dict"])  # older results lack it
         return {key: result for key, result in results.items() if {**now, **result} == {**result, **now}}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: move it away") from error
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """A SHA-256 of weights, by which results know the network that they are of."""
+    found = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def budgets_of(file: Path, checkpoint: dict) -> dict[str, float | list[float]]:

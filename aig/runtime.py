@@ -61,7 +61,7 @@ class OnnxRuntime:
         runtime = require("onnxruntime")
         options = runtime.SessionOptions()
         options.intra_op_num_threads = cores // streams
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # streams would disturb each other
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # after a run: it would disturb others
         options.log_severity_level = 3  # errors only
         self.session = runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         self.input = self.session.get_inputs()[0].name

@@ -1,10 +1,10 @@
-"""The records of a run for TensorBoard: every number of `metrics.jsonl`, and the heat maps of the dashboard.
+"""The records of a run for TensorBoard: numbers of `metrics.jsonl`, and the heat maps of the dashboard.
 
     python train.py --tensorboard ...
     tensorboard --logdir runs
 
-They lie in `runs/NAME/tensorboard`. As the dashboard, this has no state: a training that goes on writes all of its
-records anew.
+They lie in `runs/NAME/tensorboard`. As the dashboard, this has no state: a training that goes on writes the numbers of
+all epochs anew. Heat maps are drawn of the newest epoch only.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class TensorBoard:
         except ImportError as error:
             raise InputError(f"--tensorboard: it is not installed ({error}): pip install tensorboard") from error
         self.folder, self.kind, self.writer = folder, SummaryWriter, None
-        self.warned = False
+        self.written, self.warned = 0, False
 
     def update(self, records: list[dict]) -> None:
         """Writes what is new. A failure is warned of once, and does not end the training."""
         try:
-            new = records[-1:]
-            if self.writer is None:  # the first time: all of them, instead of what an earlier call has left
+            if self.writer is None:  # instead of what an earlier call has left
                 shutil.rmtree(self.folder / EVENTS, ignore_errors=True)
-                self.writer, new = self.kind(str(self.folder / EVENTS)), records
-            for record in new:
+                self.writer = self.kind(str(self.folder / EVENTS))
+            for record in records[self.written :]:
                 for tag, value in scalars(record):
                     self.writer.add_scalar(tag, value, record["epoch"])
+            self.written = len(records)
             shown = windows_in(self.folder, records)
             for name in HEAT_MAPS:
                 if name in shown:

@@ -75,8 +75,8 @@ def test_a_block_without_a_gate_is_drawn_as_such():
 def test_costs_are_beside_those_of_the_class(released):
     model, cost = released
     seen = demo.look(model, cost, DOG, 0.5)
-    with_class = demo.draw(seen, cost, model.stages, {"macs_classes": {"dog": 0.5 * cost.dense}})
-    assert re.search(r"test images of class dog, mean +50\.0 %", text(with_class))
+    with_class = demo.draw(seen, cost, model.stages, {"macs_classes": {"dog": 0.5 * cost.dense}, "threshold": 0.7})
+    assert re.search(r"mean of test images of class dog at 0\.7 +50\.0 %", text(with_class))
     assert "mean" not in text(demo.draw(seen, cost, model.stages, {"macs_classes": {"cat": 1.0}}))
 
 
@@ -89,9 +89,18 @@ def test_what_is_no_image_is_one_line(released, tmp_path):
     model, cost = released
     path = tmp_path / "broken.jpg"
     path.write_bytes(b"nothing")
-    for given in (None, str(path), str(tmp_path / "missing.jpg")):
-        markup = demo.shown(model, cost, {}, given, 0.5)
+    Image.new("L", (1, 10_000)).save(tmp_path / "narrow.png")
+    for given, said in (
+        (None, "Choose an image"),
+        (str(path), "cannot read the image broken.jpg"),
+        (str(tmp_path / "missing.jpg"), "missing.jpg: no such file"),
+        (str(tmp_path / "narrow.png"), "narrow.png is 1 x 10000 pixels: too narrow"),
+        (str(DOG), "Choose an image"),  # of no folder that the page may read
+        (str(tmp_path / ".." / DOG.name), "Choose an image"),
+    ):
+        markup = demo.shown(model, cost, {}, [tmp_path.resolve()], given, 0.5)
         assert markup.startswith('<p class="note">')
+        assert said in markup
         assert str(tmp_path) not in markup
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,11 @@ def test_the_card_says_what_was_measured(digits, folder):
         result = results[mode]
         assert f"| `{mode}` | {result['top1']:.2f}" in card
         assert f"| {result['execution_rate']:.3f} | {result['macs_fraction']:.3f} | {result['images']:,} |" in card
-    assert "license: mit\n" in card
+    assert 'license: "mit"\n' in card
+    rows = dict(re.findall(r"^\| `(\S+)` \|.* \| (.*) \|$", card, re.MULTILINE))
+    assert rows["argmax"] == "0.5"
+    assert rows["sample"] == "–"
+    assert rows["argmax@budget=0.8"] in ("one a gate", str(results["argmax@budget=0.8"]["threshold"])[:6])
     assert f"{sum(value.numel() for value in aig.load(folder).parameters()):,} parameters" in card
     (command,) = json.loads((digits / "args.json").read_text())["commands"]
     assert command in card
@@ -130,6 +135,47 @@ def test_the_card_quotes_no_result_of_another_epoch(digits, tmp_path):
     card = (tmp_path / "model" / folders.CARD).read_text()
     assert "| `argmax` |" in card
     assert "| `sample` |" not in card
+
+
+def test_the_card_quotes_no_result_of_an_epoch_that_was_trained_again(digits, tmp_path):
+    run = shutil.copytree(digits, tmp_path / "run")
+    train.main(["--resume", str(run), "--start-epoch", "1", "--seed", "2", "--val-size", "50"])
+    aig.save(aig.load(run), tmp_path / "model", run)
+    assert "Not measured" in (tmp_path / "model" / folders.CARD).read_text()
+
+
+def test_results_of_a_run_are_not_given_to_another_network(digits, tmp_path):
+    model = aig.load(digits)
+    model.linear.weight.data /= 2
+    with pytest.raises(ValueError, match=r"not that of .*, whose results would be quoted"):
+        aig.save(model, tmp_path / "model", digits)
+
+
+def test_what_a_folder_says_of_its_training_goes_along(digits, folder, tmp_path):
+    export.main(["--resume", str(folder), "--folder", str(tmp_path / "again")])
+    cards = [(place / folders.CARD).read_text().split("## Training")[1] for place in (folder, tmp_path / "again")]
+    assert cards[0] == cards[1]
+    assert json.loads((tmp_path / "again" / CONFIG).read_text())["licence"] == "mit"
+
+
+def test_names_and_licences_are_no_markup(tmp_path):
+    model = network()
+    model.classes = ["<b>x</b>", "b", "c", "d"]
+    aig.save(model, tmp_path, licence="a: b\nc")
+    card = (tmp_path / folders.CARD).read_text()
+    assert "&lt;b&gt;x&lt;/b&gt;" in card
+    assert 'license: "a: b\\nc"' in card
+    assert aig.load(tmp_path).classes == model.classes
+
+
+def test_a_plain_network_has_a_card_without_gates(tmp_path):
+    plain = small_net(rates=[1, 1, 1]).eval()
+    plain.classes, plain.preprocess = [*"abcd"], Preprocess(8, [0.1] * 3, [0.4] * 3, True)
+    aig.save(plain, tmp_path)
+    card = (tmp_path / folders.CARD).read_text()
+    assert "none of them with a gate" in card
+    assert "threshold" not in card
+    assert aig.load(tmp_path).preprocess == plain.preprocess
 
 
 def test_a_card_without_a_run_claims_nothing(tmp_path):
@@ -210,6 +256,28 @@ def test_nothing_is_replaced_unasked(run, digits, folder):
     assert (folder / WEIGHTS).read_bytes() == before
 
 
+def test_the_folder_of_a_run_stays_one(run, digits):
+    before = {file.name: file.read_bytes() for file in digits.iterdir() if file.is_file()}
+    for flags in ([], ["--overwrite"]):
+        status, _, err = run(export.main, "--resume", digits, "--folder", digits, *flags)
+        assert (status, err.count("\n")) == (2, 1)
+        assert "is the folder of a run" in err
+    assert {file.name: file.read_bytes() for file in digits.iterdir() if file.is_file()} == before
+
+
+def test_a_write_that_was_cut_off_leaves_no_folder_that_loads(folder, tmp_path, monkeypatch):
+    target = shutil.copytree(folder, tmp_path / "model")
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(folders, "write_json", full)
+    with pytest.raises(OSError, match="no space"):
+        aig.save(network(), target, overwrite=True)
+    with pytest.raises(InputError, match="no config"):
+        aig.load(target)
+
+
 @pytest.mark.parametrize(("flags", "message"), [
     (["--batch", "any"], "--batch is about an ONNX file"),
     (["--uint8"], "--uint8 is about an ONNX file"),
@@ -245,6 +313,10 @@ def test_a_network_that_nobody_could_use_is_not_saved(tmp_path):
     ({"library_name": "timm"}, "no config.json of convnet-aig"),
     ({"classes": ["a", "b"]}, "names 2 classes"),
     ({"classes": [1, 2]}, "malformed"),
+    ({"classes": "abcdefghij"}, "malformed"),
+    ({"threshold": "0.9"}, "the threshold in the config.json beside it is unfit"),
+    ({"threshold": [0.1, 0.2]}, "the threshold in the config.json beside it is unfit"),
+    ({"threshold": 5}, "the threshold in the config.json beside it is unfit"),
     ({"mean": [0, 0]}, "malformed"),
     ({"std": [0, 1, 1]}, "malformed"),
     ({"image_size": "large"}, "image_size"),
@@ -260,8 +332,10 @@ def test_a_config_that_does_not_fit_is_one_line(changes, message, folder, tmp_pa
 
 @pytest.mark.parametrize("budgets", [[0.5], {"0.8": [0.1]}, {"0.8": "high"}, {"0.8": None}])
 def test_unfit_thresholds_of_a_budget_are_one_line(budgets, folder, tmp_path):
+    target = spoil(folder, tmp_path, budgets=budgets)
+    (target / TEST).unlink()
     with pytest.raises(InputError, match=r"budget"):
-        aig.load(spoil(folder, tmp_path, budgets=budgets), budget=0.8)
+        aig.load(target, budget=0.8)
 
 
 def test_damaged_missing_and_foreign_files_are_one_line(folder, tmp_path):

@@ -38,7 +38,13 @@ def check(folder):
     records, (numbers, images) = read_records(folder), written(folder)
     expected = {}
     for record in records:
-        for tag, value in scalars(record):
+        found = {name: record[name] for name in ("lr", "seconds")}
+        for part in ("train", "val"):
+            values = record[part].items()
+            found |= {f"{name}/{part}": value for name, value in values if isinstance(value, (int, float))}
+        found |= {f"gates/block {number + 1}": rate for number, rate in enumerate(record["val"]["gates"])}
+        found |= {f"classes/{name}": rate for name, rate in record["val"]["classes"].items()}
+        for tag, value in found.items():
             expected.setdefault(tag, {})[record["epoch"]] = pytest.approx(value, rel=1e-6)
     assert numbers == expected
     assert images.keys() == set(tensorboard.HEAT_MAPS)

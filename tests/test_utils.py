@@ -184,7 +184,7 @@ def unfit_values(action):
         yield from (3, "3", "--help", ["--help"], [True], [[1]])
     else:
         yield from (True, False, [], ["--help"])
-        if action.choices or action.type in (utils.experiment_name, utils.probabilities):
+        if action.choices or action.type is utils.experiment_name:
             yield from ("no/such", "")
         elif action.type:
             yield from ("--help", "x", "", float("nan"), float("inf"), 10**400)

@@ -3,6 +3,7 @@
 Needs gradio, Debian's chromium and playwright; skips without them. Screenshots are kept in .cache.
 """
 
+import json
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 from PIL import Image
@@ -82,7 +84,7 @@ def test_what_it_shows_is_what_the_network_does(opened):
         assert f"{sum(seen.opened)} of 9 blocks; {seen.macs / 1e6:.2f} MMACs" in text
         assert f"{100 * seen.probabilities[name]:.1f} %" in text
         assert page.locator(f"#{side}-graph .ran").count() == sum(seen.opened)
-        assert re.search(rf"test images of class {name}, mean\s+\d+\.\d %", text)
+        assert re.search(rf"mean of test images of class {name} at 0\.5\s+\d+\.\d %", text)
 
 
 @pytest.mark.parametrize("width", [1280, 390])
@@ -127,6 +129,40 @@ def test_an_upload_is_shown_and_what_is_no_image_is_said(opened, tmp_path):
     Image.new("L", (9_000, 9_000), 200).save(tmp_path / "large.png")
     upload(page, "left", tmp_path / "large.png", "MMACs")
     assert "MMACs" in page.inner_text("#right-graph")
+
+
+def test_thresholds_of_its_own_are_shown_until_the_slider_is_to_decide(tmp_path):
+    model = aig.load(demo.RELEASED)
+    model.threshold = [0.01] * 8 + [0.99]
+    page = demo.make_page(model, "calibrated", {})
+    names = {block.label: block for block in page.blocks.values() if hasattr(block, "label")}
+    assert names["the network's own threshold for each gate instead"].value is True
+    assert names["the network's own threshold for each gate instead"].visible
+    (show, *_) = {function.fn for function in page.fns.values() if function.name == "show"}
+    example = str(demo.EXAMPLES / "dog.jpg")
+    kinds = [re.findall(r'class="block (\w+)"', show(example, 0.5, own)) for own in (True, False)]
+    assert kinds[0] == ["ran"] * 8 + ["skipped"]
+    assert kinds[1] != kinds[0]
+
+
+def test_a_path_that_was_not_uploaded_is_not_read(server):
+    """As another program on this machine might send it, past Gradio's own check."""
+    with urlopen(f"{server}config") as answer:
+        config = json.load(answer)
+    numbers = [each["id"] for each in config["dependencies"] if each["targets"]]
+    assert numbers
+    for number in numbers[:1]:
+        data = {"data": [{"path": "/etc/passwd"}, 0.5, False], "fn_index": number, "session_hash": "abc"}
+        kind = {"Content-Type": "application/json"}
+        request = Request(f"{server}gradio_api/queue/join", json.dumps(data).encode(), kind)
+        with urlopen(request) as answer:
+            assert answer.status == 200
+        with urlopen(f"{server}gradio_api/queue/data?session_hash=abc", timeout=30) as answer:
+            said = b""
+            while b"process_completed" not in said:
+                said += answer.readline()
+        assert b"passwd" not in said
+        assert b"Choose an image" in said
 
 
 def test_an_example_is_shown(opened):
