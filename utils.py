@@ -515,6 +515,8 @@ def run_training(
     check_training(args, model, loaders)
     if next(model.parameters()).device.type == "cpu":
         environment.keep_memory()
+    # cuDNN's trials pay for the few shapes of a training; skipped branches in --test have another one each time
+    torch.backends.cudnn.benchmark = not args.deterministic
     if args.compile:
         environment.try_compiler(next(model.parameters()).device)
     if rates := args.stochastic_depth:

@@ -81,7 +81,7 @@ def evaluate(
     shapes = {"by_class": (num_classes, num_blocks), "class_counts": num_classes, "executed": num_blocks + 1}
     shapes |= {"gates": num_blocks, **dict.fromkeys(objective.names, ())}
     sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
-    costs, all_labels = [torch.zeros(0, dtype=dtype, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
+    runs, all_labels = [torch.zeros(0, num_blocks, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
     for images, labels, logits, z in predictions(model, loader, seed, each_batch):
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
         ones = torch.ones_like(labels, dtype=dtype)
@@ -91,7 +91,7 @@ def evaluate(
         add(sums, gates=run.sum(0), **topk_correct(logits, labels, objective.topk))
         add(sums, **objective.of_images(logits, labels, "sum", images))
         if cost:
-            costs.append(cost.executed(run, gates=model.gate_mode != "all"))
+            runs.append(run)
             all_labels.append(labels)
     sums = loader.world.total(sums)
     gates = sums["by_class"].sum(0) / loader.num_images  # (L,)
@@ -100,8 +100,9 @@ def evaluate(
     by_class = sums["by_class"] / sums["class_counts"][:, None]
     counted = {}
     if cost:
-        all_costs, all_labels = (loader.world.gather(torch.cat(parts)) for parts in (costs, all_labels))
-        counted = compute(all_costs, all_labels, loader.classes, cost)
+        costs = cost.executed(torch.cat(runs), gates=model.gate_mode != "all")  # copies the counts to the device: once
+        costs, all_labels = (loader.world.gather(values) for values in (costs, torch.cat(all_labels)))
+        counted = compute(costs, all_labels, loader.classes, cost)
     return {
         **averages(sums, loader.num_images),
         "gates": gates.tolist(),

@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,13 +26,21 @@ from aig.console import number, run_command
 from aig.environment import select_device
 from benchmarks.reference import Reference
 from benchmarks.timing import interleaved, where
-from convnet_aig import AdaptiveResNet, ResNet50_ImageNet, ResNet110_cifar, target_rates_of
+from convnet_aig import (
+    AdaptiveResNet,
+    BasicBlock,
+    ResNet50_ImageNet,
+    ResNet110_cifar,
+    ResNet_cifar,
+    target_rates_of,
+)
 
 CERTAIN = 1e4  # log-odds that no gate of an untrained net outweighs
 NETS = {  # image size, batch sizes, and the rates of the blocks by the name of the setting
     "AIG-110": (32, (1, 16, 128), {f"{rate:g}": [rate] * 54 for rate in (1, 0.8, 0.6, 0.5, 0.4)}),
     "AIG-50": (224, (1, 16, 32), {f"t = {t}": target_rates_of("paper", "resnet50", t) for t in (0.4, 0.7)}),
 }
+TINY = {"AIG-8": (8, (1,), {"0.6": [0.6] * 3})}  # to see that all of this runs
 
 
 class Forced(inference.Accelerated):
@@ -45,7 +54,9 @@ class Forced(inference.Accelerated):
 
 def build(net: str, target_rates: Sequence[float] | None = None) -> AdaptiveResNet:
     torch.manual_seed(0)
-    return {"AIG-110": ResNet110_cifar, "AIG-50": ResNet50_ImageNet}[net](target_rates=target_rates).eval()
+    constructors = {"AIG-110": ResNet110_cifar, "AIG-50": ResNet50_ImageNet}
+    constructors["AIG-8"] = partial(ResNet_cifar, BasicBlock, (1, 1, 1))
+    return constructors[net](target_rates=target_rates).eval()
 
 
 def draw_pattern(rates: Sequence[float], batch: int) -> Tensor:
@@ -66,7 +77,7 @@ def forced(model: AdaptiveResNet, rates: Sequence[float], batch: int, device: to
 
 def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device) -> list[dict]:
     """A row for each contender."""
-    size, _, settings = NETS[net]
+    size, _, settings = (NETS | TINY)[net]
     x = torch.randn(batch, 3, size, size, device=device)
     x_last = x.contiguous(memory_format=torch.channels_last)
     dense = build(net, [1] * len(next(iter(settings.values())))).to(device)
@@ -86,6 +97,10 @@ def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device
         networks[name] = (fast := forced(model, rates, batch, device), x)
         z = torch.stack(fast(x)[1], dim=1)
         fractions[name] = (cost.executed(z).mean().item() / cost.dense, z.mean().item())
+
+    if device.type != "cpu":  # the form that reads nothing from the device, and saves nothing
+        networks["every branch, masked"] = (masked := forced(model, rates, batch, device), x)
+        masked.conditional = False
 
     def caller(network: nn.Module, images: Tensor) -> Callable[[], object]:
         return lambda: network(images)
@@ -142,7 +157,7 @@ def line(row: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--net", nargs="*", default=list(NETS), choices=NETS)
+    parser.add_argument("--net", nargs="*", default=list(NETS), choices=NETS | TINY)
     parser.add_argument("--batch", nargs="*", type=number(int, 1), help="default: 1 16 128, at 224 px 1 16 32")
     parser.add_argument("--rounds", type=number(int, 1), default=15)
     parser.add_argument("--slot", type=number(float, 0), default=0.3, help="seconds a turn should last at least")
@@ -154,7 +169,7 @@ def main() -> None:
     print("torchvision's resnet50, and that in channels-last\n")
     rows = []
     for net in args.net:
-        size, batches, _ = NETS[net]
+        size, batches, _ = (NETS | TINY)[net]
         for batch in args.batch or batches:
             heads = ("open rate", "ms", "images/s", "MACs", "time", "best", "x yard.", "x tv", "x tv c.l.")
             print(f"{net}, {size} x {size}, batch {batch}".ljust(30) + "".join(f"{head:>10}" for head in heads))

@@ -49,15 +49,18 @@ def interleaved(
 
 
 def training_step(
-    model: AdaptiveResNet, recipe: Recipe, images: Tensor, labels: Tensor, count: int
+    model: AdaptiveResNet, recipe: Recipe, images: Tensor, labels: Tensor, count: int, mode: str | None = None
 ) -> tuple[Callable[[], None], nn.Module]:
     """A training step on this process's share of a batch of `count` images, as `aig.engine.fit` does it.
+
+    Args:
+        mode: of torch.compile, where the recipe asks for it.
 
     Returns:
         The step, and the network that it calls, in DistributedDataParallel for several processes.
     """
     world, device = distributed.world(), images.device
-    network, forward = distributed.wrap(model, world, recipe.sync_bn, recipe.compile)
+    network, forward = distributed.wrap(model, world, recipe.sync_bn, recipe.compile, mode)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")

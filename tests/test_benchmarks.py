@@ -1,16 +1,20 @@
 """The benchmarks measure what the product does, and run."""
 
 import json
+import math
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 import torch
-from steps import RECIPE, Batches, small_net, train
+from steps import RECIPE, Batches, small_net
+from steps import train as train_net
 
 import aig
+import train
 from aig.console import InputError
-from benchmarks import engines, latency, timing, train_step
+from benchmarks import engines, gpu, latency, timing, train_step
 from convnet_aig import BasicBlock, Bottleneck, ResNet_cifar
 
 CPU = torch.device("cpu")
@@ -21,7 +25,7 @@ def test_the_step_that_is_timed_is_that_of_the_training(changes):
     torch.manual_seed(0)
     images, labels = torch.randn(16, 3, 8, 8), torch.randint(4, (16,))
     trained, timed = small_net(), small_net()
-    train(trained, Batches(images, labels), **changes)
+    train_net(trained, Batches(images, labels), **changes)
     step, network = timing.training_step(timed, replace(RECIPE, **changes), images, labels, 16)
     step()
     assert network is timed
@@ -110,3 +114,85 @@ def test_where_skipping_loses_is_said_of_its_fastest_engine():
 
     rows = [row("a", "dense", 2), row("a", "0.6", 4), row("b", "0.6", 2.5), row("a", "0.4", 1), row("b", "0.4", 3)]
     assert engines.losses(rows) == ["- N, batch 1, 0.6: 0.80 (b)"]
+
+
+# ---------------------------------------------------------------------------------------------- all for a GPU
+
+
+def test_a_piece_is_done_once_and_one_that_fails_is_recorded_and_stops_no_other(tmp_path):
+    todo = {
+        "tests_bad": ["-c", "print('so far'); raise SystemExit('it broke')"],
+        "tests_good": ["-c", "print('1 passed')"],
+    }
+    gpu.carry_out_all(todo, tmp_path, math.inf)
+    bad, good = (json.loads((tmp_path / f"{name}.json").read_text()) for name in todo)
+    assert (bad["status"], bad["last_lines"]) == (1, ["so far", "it broke"])
+    assert (good["status"], good["result"], good["command"]) == (0, "1 passed", todo["tests_good"])
+    gpu.carry_out_all({name: ["-c", "print('again')"] for name in todo}, tmp_path, math.inf)
+    assert "again" not in (tmp_path / "tests_good.log").read_text()
+    table = (tmp_path / gpu.TABLE).read_text()
+    assert "- tests_good: 1 passed" in table
+    assert "## Failed: tests_bad" in table
+
+
+SAVES = """
+import pathlib, signal, sys, time
+done = pathlib.Path(sys.argv[1])
+def save(*_):
+    done.touch()
+    sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+time.sleep(0 if done.exists() else 60)
+"""
+
+
+def test_a_training_is_stopped_in_time_and_goes_on_and_then_its_tests_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "LIMIT", 2)
+    todo = {"train_a": ["-c", SAVES, str(tmp_path / "saved")], "test_a_argmax": ["-c", ""], "test_b_argmax": ["-c", ""]}
+    gpu.carry_out_all(todo, tmp_path, math.inf)
+    assert (tmp_path / "saved").exists()
+    assert {path.name for path in tmp_path.glob("*.json")} == {"train_a.json", "test_a_argmax.json"}
+
+
+def test_a_piece_that_the_budget_cuts_off_is_not_done_and_one_that_is_too_slow_has_failed(tmp_path, monkeypatch):
+    todo = {"tests_slow": ["-c", "import time; time.sleep(60)"]}
+    gpu.carry_out_all(todo, tmp_path, time.monotonic() + 0.2)
+    assert not (tmp_path / "tests_slow.json").exists()
+    monkeypatch.setattr(gpu, "LIMIT", 0.2)
+    gpu.carry_out_all(todo, tmp_path, math.inf)
+    assert json.loads((tmp_path / "tests_slow.json").read_text())["status"] == -15
+
+
+def test_every_piece_is_a_command_that_its_program_takes(run, tmp_path, monkeypatch):
+    found = {}
+    monkeypatch.setattr(gpu, "carry_out_all", lambda todo, out, *_: (found.update(todo), (out / gpu.TABLE).touch()))
+    assert run(gpu.main, "--out", tmp_path, "--data", tmp_path, "--flags", "--amp bf16")[0] == 0
+    kinds = [name.split("_")[0] for name in found]
+    assert [kinds.count(kind) for kind in ("step", "inference", "train", "test")] == [16, 6, 3, 9]
+    assert kinds[0] == "tests"
+    for name, command in found.items():
+        if name.startswith("step"):
+            monkeypatch.setattr(sys, "argv", command[1:])
+            assert train_step.parse().counts
+        if name.startswith("train"):
+            args = train.make_parser().parse_args(command[1:])
+            assert (args.epochs, args.amp, args.resume, args.data) == (350, "bf16", "auto", str(tmp_path))
+
+
+@pytest.mark.parametrize(("only", "row"), [("step_AIG-8_bf16", "| AIG-8 | bf16 "), ("inference", "| AIG-8 | 1 | 0.6 ")])
+def test_a_piece_gives_rows_of_the_table(run, tmp_path, only, row):
+    status, out, err = run(gpu.main, "--out", tmp_path, "--small", "--device", "cpu", "--only", only)
+    assert (status, err) == (0, "")
+    assert row in out
+    assert out.endswith((tmp_path / gpu.TABLE).read_text() + "\n")
+
+
+@pytest.mark.slow
+def test_the_small_form_does_everything(run, tmp_path):
+    call = gpu.main, "--out", tmp_path, "--small", "--device", "cpu"
+    status, out, err = run(*call)
+    assert (status, err) == (0, "")
+    assert "22 of 22 pieces done" in out
+    assert "Failed" not in out
+    assert out.count(" % at ") == 9  # the trainings, in every gate mode
+    assert run(*call)[1].strip() == out[out.index("22 of 22 p") :].strip()

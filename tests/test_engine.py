@@ -626,7 +626,7 @@ def test_float16_that_never_fits_is_an_error():
 
 def test_only_batches_of_the_usual_size_go_through_the_compiled_network(monkeypatch):
     sizes = []
-    monkeypatch.setattr(torch, "compile", lambda network, dynamic: lambda x, **more: (
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic, mode: lambda x, **more: (
         sizes.append(len(x)), network(x, **more))[1])
     compiled, eager = small_net(), small_net()
     train(compiled, small_loader(40), compile=True)

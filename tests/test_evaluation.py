@@ -105,11 +105,13 @@ def test_each_batch_of_the_evaluation_may_stop_it(model, loader):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("counting", [False, True])
 @pytest.mark.parametrize("mode", GATE_MODES)
-def test_a_validation_reads_from_the_device_when_it_is_through(model, loader, mode):
+def test_an_evaluation_reads_from_the_device_when_it_is_through(model, loader, mode, counting):
     model.gate_mode, begun, noted = mode, [], []
+    cost = inference.count_macs(model, loader.size) if counting else None
     with watching(lambda name: noted.append((len(begun), name))):
-        evaluation.evaluate(model, loader, OBJECTIVE, 1, each_batch=lambda: begun.append(1))
+        evaluation.evaluate(model, loader, OBJECTIVE, 1, cost=cost, each_batch=lambda: begun.append(1))
     assert len(begun) == 4
     assert {batch for batch, _ in noted} == {4}
 

@@ -139,6 +139,16 @@ def test_tf32_is_torchs_own_choice_unless_given(tf32):
         assert tf32() == expected
 
 
+def test_a_training_lets_cudnn_try_its_algorithms_unless_it_is_to_repeat(run, fitted, tmp_path, monkeypatch):
+    for name, flags, expected in (("tried", [], True), ("repeats", ["--deterministic"], False)):
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
+        try:
+            assert run(train.main, *DIGITS, *flags, "--save", tmp_path, "--expname", name)[0] == 0
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert torch.backends.cudnn.benchmark == expected
+
+
 # ---------------------------------------------------------------------------------------------- resuming
 
 
