@@ -128,7 +128,8 @@ def compiled(job: Job, x: np.ndarray) -> Calls:
 def onnxruntime(job: Job, x: np.ndarray) -> Calls:
     runtime = require("onnxruntime")
     options = runtime.SessionOptions()
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a run: as fast, and the next one is free
+    # after a run; else the next contender is slow. It costs nothing
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.intra_op_num_threads = job.threads
     options.add_free_dimension_override_by_name("N", job.batch)
     session = runtime.InferenceSession(job.folder / f"{DENSE}-any.onnx", options, providers=["CPUExecutionProvider"])
