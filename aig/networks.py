@@ -174,7 +174,7 @@ def digest(state: dict[str, Tensor]) -> str:
     """A SHA-256 of weights, by which results know the network that they are of."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
-        found.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        found.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

@@ -42,7 +42,7 @@ from aig.checkpoint import CHECKPOINT, TEST
 from aig.console import InputError, run_command
 from aig.networks import gate
 from aig.runs import atomic_write, read_json, read_records
-from benchmarks.runner import ROOT, RUNS, follow, make_parser
+from benchmarks.runner import ROOT, follow_or_print
 from convnet_aig import log_odds
 
 SEEDS = (1, 2)
@@ -183,17 +183,11 @@ def table(folder: Path) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser(__doc__.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="print what is in the results instead")
-    args = parser.parse_args(argv)
-    if args.table:
-        print("\n".join(table(args.results / RUNS)))
-        return
     protocol = [
         [(f"pays-{name}-s{seed}", f"{flags} --seed {seed}") for name, flags in stage.items()]
         for seed in SEEDS for stage in stages(seed)
     ]
-    follow(protocol, tests, args, prepare)
+    follow_or_print(argv, __doc__, protocol, tests, table, prepare)
 
 
 if __name__ == "__main__":

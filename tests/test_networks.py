@@ -323,3 +323,10 @@ def test_the_thresholds_of_a_budget_are_loaded_with_the_network_they_were_chosen
     (tmp_path / TEST).write_text("[")
     with pytest.raises(InputError, match="is damaged"):
         aig.load(tmp_path, budget=0.7)
+
+
+def test_weights_of_any_type_have_a_digest():
+    state = {"a": torch.ones(2, 3, dtype=torch.bfloat16), "b": torch.tensor(3), "c": torch.tensor([True])}
+    found = networks.digest(state)
+    assert networks.digest(dict(reversed(state.items()))) == found
+    assert networks.digest({**state, "b": torch.tensor(4)}) != found
