@@ -86,10 +86,11 @@ def world() -> World:
     return World(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else ALONE
 
 
-def wrap(
-    model: nn.Module, world: World, sync_bn: bool, compile: bool, mode: str | None = None
-) -> tuple[nn.Module, nn.Module]:
-    """The network as training calls it: in DistributedDataParallel for several processes; the same, compiled."""
+def wrap(model: nn.Module, world: World, sync_bn: bool, mode: str | None) -> tuple[nn.Module, nn.Module]:
+    """The network as training calls it: in DistributedDataParallel for several processes; the same, compiled.
+
+    `mode` is torch.compile's, None to leave it as it is.
+    """
     network, device = model, next(model.parameters()).device
     if world.size > 1:
         if sync_bn:
@@ -103,7 +104,7 @@ def wrap(
                 gradient_as_bucket_view=True,
             )
     # one graph for one shape: the smaller batch at the end of an epoch is not worth another
-    return network, torch.compile(network, dynamic=False, mode=mode) if compile else network
+    return network, torch.compile(network, dynamic=False, mode=mode) if mode else network
 
 
 def average_batchnorm(model: nn.Module, world: World) -> None:

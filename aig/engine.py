@@ -103,6 +103,19 @@ class Recipe:
         warm = min(1, done / self.target_warmup) if self.target_warmup else None
         return Now(self.lr * factor, self.temperature, warm)
 
+    def autocast(self, device_type: str) -> torch.autocast:
+        """What the network computes in, in training and validation: convolutions as `amp` says, gates in float32."""
+        return torch.autocast(device_type, AMP[self.amp], enabled=self.amp != "off")
+
+    def compile_mode(self, device_type: str, world: World) -> str:
+        """Of torch.compile: one that records CUDA graphs, where they hold.
+
+        Each replay writes over the gradients of the one before, which several parts of a batch add up and several
+        processes exchange.
+        """
+        graphs = device_type == "cuda" and self.accumulate == 1 and world.size == 1
+        return "reduce-overhead" if graphs else "default"
+
     def objective(self, device: torch.device | str, world: World) -> Objective:
         """What to minimise, on a device, in all processes together."""
         terms = {"budget": self.budget, "distillation": self.distillation}
@@ -125,9 +138,11 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
         TrainingError: if the training cannot go on.
     """
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
-    network, compiled = wrap(model, world, recipe.sync_bn, recipe.compile)
+    device = state.first_bad.device
+    mode = recipe.compile_mode(device.type, world) if recipe.compile else None
+    network, compiled = wrap(model, world, recipe.sync_bn, mode)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-    objective = recipe.objective(state.first_bad.device, world)
+    objective = recipe.objective(device, world)
     for epoch in range(state.epoch, recipe.last + 1):
         network.train()
         with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", len(train), "step", initial=state.step) as bar:
@@ -140,7 +155,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
                 noise = step_noise(model, images, count, (recipe.seed, "noise", epoch, step), world)
                 optimizer.zero_grad(set_to_none=True)
                 for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
-                    with torch.autocast(x.device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
+                    with recipe.autocast(device.type):
                         logits, gates = forward(x, temperature=now.temperature, noise=g)
                     loss, sums = objective(logits, y, gates, count, now.warm, x)
                     scaler.scale(loss).backward()
@@ -155,7 +170,8 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
         trained, opened = state.means(), state.sums["gates"] / state.seen  # the latter by block, (L,)
         average_batchnorm(model, world)
         seed = derive_seed(recipe.seed, "validation", epoch)
-        validated = evaluate(model, val, objective, seed, each_batch=partial(run.save_if_due, state))
+        watch = partial(run.save_if_due, state)
+        validated = evaluate(model, val, objective, seed, autocast=recipe.autocast(device.type), each_batch=watch)
         check_health(model, validated["loss"], epoch)
         lr, seconds = recipe.at(epoch, 1).lr, state.elapsed()
         record = {"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated}

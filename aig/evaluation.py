@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,18 +22,24 @@ from aig.environment import derive_seed
 from aig.losses import Objective, add, averages, sum_dtype, topk_correct
 from convnet_aig import RUNS_EVERYTHING, AdaptiveResNet, draw_noise
 
+FLOAT32 = nullcontext()
 QUANTILES = (0, 0.05, 0.25, 0.5, 0.75, 0.95, 1)  # of the images' computation
 
 
 @torch.inference_mode()
 def predictions(
-    model: nn.Module, loader: Loader, seed: int, each_batch: Callable[[], None] = lambda: None
+    model: nn.Module,
+    loader: Loader,
+    seed: int,
+    each_batch: Callable[[], None] = lambda: None,
+    autocast: AbstractContextManager = FLOAT32,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Classifies every image once in the model's gate mode.
 
     Args:
         seed: of the noise, which only the gate mode "sample" draws.
         each_batch: called before each batch; it may raise to stop.
+        autocast: what the network runs in; what it returns goes on in float32 at least.
 
     Yields:
         images (n, 3, H, W), labels (n,), logits (n, K) and multipliers z (n, L): this process's share of a batch, if
@@ -48,8 +55,10 @@ def predictions(
             count = loader.images_in(step)
             noise = draw_noise(model.num_gates, count, images)[:, loader.world.shard(count)]
         if len(images):
-            logits, gates = model(images, noise=noise)
-            yield images, labels, logits, torch.stack(gates, dim=1)
+            with autocast:
+                logits, gates = model(images, noise=noise)
+            dtype = torch.promote_types(logits.dtype, torch.float32)
+            yield images, labels, logits.to(dtype), torch.stack(gates, dim=1).to(dtype)
 
 
 @torch.inference_mode()
@@ -61,12 +70,13 @@ def evaluate(
     *,
     cost: inference.Macs | None = None,
     each_batch: Callable[[], None] = lambda: None,
+    autocast: AbstractContextManager = FLOAT32,
 ) -> dict[str, Any]:
     """Classifies every image once in the model's gate mode. Shapes: L blocks, K classes.
 
     Args:
         objective: the terms of the loss; those of the rates are taken on the rates over the whole set.
-        seed, each_batch: see `predictions`.
+        seed, each_batch, autocast: see `predictions`.
         cost: of an image of the loader's size, to count what the images' graphs cost.
 
     Returns:
@@ -82,7 +92,7 @@ def evaluate(
     shapes |= {"gates": num_blocks, **dict.fromkeys(objective.names, ())}
     sums = {name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
     runs, all_labels = [torch.zeros(0, num_blocks, device=device)], [torch.zeros(0, dtype=torch.long, device=device)]
-    for images, labels, logits, z in predictions(model, loader, seed, each_batch):
+    for images, labels, logits, z in predictions(model, loader, seed, each_batch, autocast):
         run = torch.ones_like(z) if model.gate_mode in RUNS_EVERYTHING else z
         ones = torch.ones_like(labels, dtype=dtype)
         sums["by_class"].index_add_(0, labels, z.to(dtype))

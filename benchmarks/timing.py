@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aig import distributed
-from aig.engine import AMP, Recipe, make_optimizer, set_lr, split, step_noise
+from aig.engine import Recipe, make_optimizer, set_lr, split, step_noise
 from aig.environment import device_name
 from aig.state import State
 from convnet_aig import AdaptiveResNet
@@ -54,13 +54,14 @@ def training_step(
     """A training step on this process's share of a batch of `count` images, as `aig.engine.fit` does it.
 
     Args:
-        mode: of torch.compile, where the recipe asks for it.
+        mode: of torch.compile, where the recipe asks for it; None as in a training.
 
     Returns:
         The step, and the network that it calls, in DistributedDataParallel for several processes.
     """
     world, device = distributed.world(), images.device
-    network, forward = distributed.wrap(model, world, recipe.sync_bn, recipe.compile, mode)
+    mode = mode or recipe.compile_mode(device.type, world)
+    network, forward = distributed.wrap(model, world, recipe.sync_bn, mode if recipe.compile else None)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     optimizer = make_optimizer(model, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
@@ -74,7 +75,7 @@ def training_step(
         noise = step_noise(model, batch, count, (recipe.seed, "noise", 1, 1), world)
         optimizer.zero_grad(set_to_none=True)
         for x, y, g in split(network, batch, labels, noise, recipe.parts(count, world)):
-            with torch.autocast(device.type, AMP[recipe.amp], enabled=recipe.amp != "off"):
+            with recipe.autocast(device.type):
                 logits, gates = forward(x, temperature=now.temperature, noise=g)
             loss, sums = objective(logits, y, gates, count, now.warm, x)
             scaler.scale(loss).backward()

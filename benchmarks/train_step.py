@@ -49,7 +49,7 @@ WAYS = {  # attributes of the recipe
     "graphs": {"compile": True},
     "graphs-bf16": {"compile": True, "amp": "bf16"},
 }
-GRAPHS = "reduce-overhead"  # the mode of torch.compile that records CUDA graphs
+MODES = {"compile": "default", "graphs": "reduce-overhead"}  # of torch.compile; the second records CUDA graphs
 
 
 def build(args: argparse.Namespace, target: float = TARGET) -> AdaptiveResNet:
@@ -66,8 +66,7 @@ def ours(model: AdaptiveResNet, images: torch.Tensor, labels: torch.Tensor, way:
                     **WAYS[way])
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     model, images = model.to(images.device, memory_format=layout).train(), images.to(memory_format=layout)
-    mode = GRAPHS if way.startswith("graphs") else None
-    return training_step(model, recipe, images, labels, len(images), mode)[0]
+    return training_step(model, recipe, images, labels, len(images), MODES.get(way.split("-")[0]))[0]
 
 
 def original(model: AdaptiveResNet, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], object]:

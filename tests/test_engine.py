@@ -545,7 +545,7 @@ def test_a_validation_is_of_the_mean_of_all_processes_statistics():
 def test_sync_bn_turns_every_batch_norm_into_one_over_all_processes(sync):
     model = small_net()
     before, parameters = copy.deepcopy(model.state_dict()), list(model.parameters())
-    network, _ = distributed.wrap(model, World(0, 2), sync_bn=sync, compile=False)
+    network, _ = distributed.wrap(model, World(0, 2), sync_bn=sync, mode=None)
     norms = [module for module in network.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
     assert len(norms) == 1 + 3 * 2 + 3 + 2  # stem, branches, gates, shortcuts
     assert {isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms} == {sync}
@@ -574,7 +574,7 @@ PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(device, amp):
+def test_in_training_and_validation_convolutions_alone_are_in_the_precision_of_amp(device, amp):
     model, dtypes = small_net().to(device), {True: Counter(), False: Counter()}  # of training, of validation
 
     def note(name):
@@ -586,8 +586,8 @@ def test_in_a_step_convolutions_alone_are_in_the_precision_of_amp(device, amp):
     for block in model.blocks():
         block.gate_logits = lambda x, gate=block.gate_logits: (out := gate(x), note("gate")(None, None, out))[0]
     step(model, *batch(device=device), amp=amp)
-    assert dtypes[True] == {("convolution", PRECISIONS[amp]): 7, ("gate", torch.float32): 3}
-    assert dtypes[False] == {("convolution", torch.float32): 7, ("gate", torch.float32): 3}
+    for of_mode in dtypes.values():
+        assert of_mode == {("convolution", PRECISIONS[amp]): 7, ("gate", torch.float32): 3}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -636,20 +636,48 @@ def test_only_batches_of_the_usual_size_go_through_the_compiled_network(monkeypa
         assert torch.equal(value, eager.state_dict()[name])
 
 
+@pytest.mark.parametrize(
+    ("device", "processes", "accumulate", "mode"),
+    [("cuda", 1, 1, "reduce-overhead"), ("cuda", 2, 1, "default"), ("cuda", 1, 2, "default"), ("cpu", 1, 1, "default")],
+)
+def test_compiling_records_cuda_graphs_where_no_gradient_outlives_the_next_replay(device, processes, accumulate, mode):
+    assert replace(RECIPE, accumulate=accumulate).compile_mode(device, World(0, processes)) == mode
+
+
+def test_the_loop_compiles_in_the_mode_of_its_recipe(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch, "compile", lambda network, dynamic, mode: (modes.append(mode), network)[1])
+    monkeypatch.setattr(engine.Recipe, "compile_mode", lambda recipe, *where: where)
+    train(small_net(), small_loader(), compile=True)
+    assert modes == [("cpu", World(0, 1))]
+
+
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="there is no C++ compiler"
 )
+
+
+def steps_of(compile, device):
+    """The records, and the weights, of six full batches and two that are smaller."""
+    model, (images, labels) = small_net().double().to(device), batch(48 + 5, device=device)
+    run = train(model, Batches(images.double(), labels, 16), epochs=2, compile=compile, momentum=0.9)
+    return [record["train"] for record in run.records], model.state_dict()
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
 def test_a_compiled_network_takes_the_same_steps():
-    results = []
-    for compile in (False, True):
-        model, (images, labels) = small_net().double(), batch(48 + 5)
-        run = train(model, Batches(images.double(), labels, 16), compile=compile)
-        results.append(({**run.records[0], "seconds": 0}, model.state_dict()))
-    (record, state), (compiled_record, compiled_state) = results
-    assert record["train"] == pytest.approx(compiled_record["train"], rel=1e-8)
+    (records, state), (compiled_records, compiled_state) = (steps_of(compile, "cpu") for compile in (False, True))
+    for record, compiled_record in zip(records, compiled_records, strict=True):
+        assert record == pytest.approx(compiled_record, rel=1e-8)
     torch.testing.assert_close(compiled_state, state, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_on_a_gpu_recorded_graphs_take_the_same_steps():
+    (records, state), (compiled_records, compiled_state) = (steps_of(compile, "cuda") for compile in (False, True))
+    for record, compiled_record in zip(records, compiled_records, strict=True):
+        assert record == pytest.approx(compiled_record, rel=1e-7)
+    torch.testing.assert_close(compiled_state, state, rtol=1e-7, atol=1e-7)

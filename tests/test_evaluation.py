@@ -50,6 +50,18 @@ def result_of(model, loader, **more):
 # ---------------------------------------------------------------------------------------------- statistics
 
 
+def test_in_low_precision_sums_over_many_images_stay_exact():
+    """bfloat16 has no 301."""
+    model, loader = small_net().eval(), small_loader(301, batch_size=301)
+    model.gate_mode = "all"
+    record = evaluation.evaluate(model, loader, OBJECTIVE, 7, autocast=torch.autocast("cpu", torch.bfloat16))
+    exact = evaluation.evaluate(model, loader, OBJECTIVE, 7)
+    assert record["gates"] == [1, 1, 1]
+    assert record["execution_rate"] == 1
+    assert record["loss"] != exact["loss"]
+    assert record["loss"] == pytest.approx(exact["loss"], rel=0.02)
+
+
 @pytest.mark.parametrize("mode", GATE_MODES)
 def test_evaluation_statistics_equal_a_count_image_by_image(placed, mode):
     model, loader, objective = placed

@@ -69,7 +69,7 @@ def take_step(model, images, labels, count, *, parts=1, lossfact=2, lr=0.0, scal
     """One step as `fit` takes it; returns its sums. `parts`: of the batch of `count` images in all processes."""
     world = distributed.world()
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    network, _ = distributed.wrap(model, world, sync_bn=False, compile=False)
+    network, _ = distributed.wrap(model, world, sync_bn=False, mode=None)
     objective = Objective(RATES, lossfact, (1,), world=world, **(BEYOND if lossfact is None else {}))
     state = State(model, torch.optim.SGD(model.parameters(), lr), scaler, 1, world)
     noise = draw_noise(model.num_gates, count, images)[:, world.shard(count)]
