@@ -187,7 +187,8 @@ class Accelerated(nn.Module):
             run = self.masked
         else:
             run = self.skipping_single if min(size, len(x)) == 1 else self.skipping
-        chunks = zip(x.split(size), self.bias(x, noise).split(size, dim=1), strict=True)
+        device = torch.device("cpu") if run == self.skipping_single else x.device  # where the comparison is
+        chunks = zip(x.split(size), self.bias(x, noise, device).split(size, dim=1), strict=True)
         logits, gates = zip(*(run(images, bias) for images, bias in chunks), strict=True)
         logits, gates = (logits[0], gates[0]) if len(logits) == 1 else (torch.cat(logits), torch.cat(gates, dim=1))
         if self.conv1.fused:  # oneDNN's ReLU makes 0 of NaN: what is broken must not look sound
@@ -198,15 +199,14 @@ class Accelerated(nn.Module):
     def num_gates(self) -> int:
         return sum(block.gate is not None for block in self.blocks)
 
-    def bias(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Offsets b, (gates, N): a gate opens where log-odds + b > 0."""
+    def bias(self, x: Tensor, noise: Tensor | None, device: torch.device) -> Tensor:
+        """Offsets b, (gates, N) on a device: a gate opens where log-odds + b > 0."""
         if self.gate_mode == "sample":
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
-            return noise[..., 1] - noise[..., 0]
-        thresholds = check_thresholds(self.threshold, self.num_gates)
-        if isinstance(self.threshold, (int, float)):  # one number: no copy to the device
-            return x.new_full((self.num_gates, len(x)), -log_odds(self.threshold))
-        return -x.new_tensor([log_odds(threshold) for threshold in thresholds])[:, None].expand(-1, len(x))
+            return (noise[..., 1] - noise[..., 0]).to(device)
+        offsets = [-log_odds(threshold) for threshold in check_thresholds(self.threshold, self.num_gates)]
+        pinned = torch.tensor(offsets, dtype=x.dtype, pin_memory=device.type == "cuda")  # no wait for the copy
+        return pinned.to(device, non_blocking=True)[:, None].expand(-1, len(x))
 
     def chunk_size(self, x: Tensor) -> int:
         """How many of the images x go through the network together."""

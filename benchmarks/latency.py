@@ -48,7 +48,7 @@ class Forced(inference.Accelerated):
 
     pattern: Tensor
 
-    def bias(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def bias(self, x: Tensor, noise: Tensor | None, device: torch.device) -> Tensor:
         return self.pattern
 
 

@@ -87,7 +87,7 @@ def assert_same(model, fast, x):
 class Forced(inference.Accelerated):
     """Decides by `pattern` (gates, N), computing the gates all the same."""
 
-    def bias(self, x, noise):
+    def bias(self, x, noise, device):
         return torch.where(self.pattern, CERTAIN, -CERTAIN).to(x)
 
 
