@@ -38,6 +38,15 @@ def test_fixed_gates_open_by_chance_and_not_by_image(tmp_path):
         torch.testing.assert_close(model(images)[0], aig.load(tmp_path / CHECKPOINT)(images)[0])
 
 
+def test_a_net_is_tested_at_its_own_budget_and_one_without_a_budget_at_each():
+    for stage in pays.stages(1):
+        for name, flags in stage.items():
+            calibrated = [key for key in pays.tests(f"pays-{name}-s1", flags) if "budget" in key]
+            own, each = [f"argmax@{name.replace('budget', 'budget=')}"], ["rates", "floor", "scratch"]
+            every = [f"argmax@budget={budget}" for budget in pays.BUDGETS]
+            assert calibrated == (own if name.startswith("budget") else every if name in each else [])
+
+
 def test_static_nets_are_compared_on_the_line_between_neighbours():
     points = [(40, 14.0), (10, 20.0), (30, 16.0)]
     assert pays.static_error(points, 20) == pytest.approx(18)
@@ -60,8 +69,8 @@ def test_the_table_judges_by_the_margin(tmp_path):
     keep("resnet14", argmax=(30, 16))
     keep("resnet14-taught", argmax=(30, 15))  # the better one counts
     keep("resnet8", argmax=(10, 20))
-    gated = {"argmax": (26, 15), "sample": (26, 15), "argmax@budget=0.6": (25, 15)}
-    keep("budget0.6", **gated)
+    keep("budget0.6", **{"argmax@budget=0.6": (25, 15)})
+    keep("floor", argmax=(26, 15))
     keep("budget0.75", **{"argmax@budget=0.75": (30, 15.2)})
     keep("budget0.45", **{"argmax@budget=0.45": (20, 19)})
     keep("majority", argmax=(26, 15.6))
