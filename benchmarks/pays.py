@@ -145,6 +145,12 @@ def mean(found: Sequence[dict[str, dict]], mode: str) -> tuple[float, float]:
     return statistics.fmean(macs), statistics.fmean(errors)
 
 
+def static_points(found: dict[str, list]) -> list[tuple[float, float]]:
+    """(macs, error) of each static net: the better of without and with teacher."""
+    kinds = [[mean(found[kind], "argmax") for kind in (arm, f"{arm}-taught") if found.get(kind)] for arm in STATIC]
+    return [min(each, key=lambda point: point[1]) for each in kinds if each]
+
+
 def static_error(points: Sequence[tuple[float, float]], macs: float) -> float | None:
     """The error of static nets at so many multiply-accumulates, on lines between points (macs, error); None outside."""
     points = sorted(points)
@@ -171,10 +177,7 @@ def table(folder: Path) -> Iterator[str]:
             seeds = " / ".join(f"{100 - result[mode]['top1']:.2f}" for result in each)
             yield f"| {arm} | {len(each)} | `{mode}` | {macs:.2f} | {error:.2f} ({seeds}) |"
     yield ""
-    points = []
-    for arm in STATIC:
-        kinds = [mean(found[kind], "argmax") for kind in (arm, f"{arm}-taught") if found.get(kind)]
-        points += [min(kinds, key=lambda point: point[1])] if kinds else []
+    points = static_points(found)
     for budget in BUDGETS:
         if gated := found[f"budget{budget}"]:
             macs, error = mean(gated, f"argmax@budget={budget}")

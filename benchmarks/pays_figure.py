@@ -1,0 +1,183 @@
+"""The figure of the long runs: error over multiply-accumulates, and over measured time for an image.
+
+    python -m benchmarks.pays_figure --out FILE.png
+    python -m benchmarks.pays_figure --measure --images DIR    # the times first; needs the weights in runs/
+
+For the times the nets of the first seed are exported and run in ONNX Runtime and OpenVINO, test image by test image,
+each with all cores; a net's time is that of its fastest engine. They are kept in results/pays-time.json.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
+
+import aig
+from aig.analysis.figures import COLOURS, MARKERS, STYLE
+from aig.checkpoint import CHECKPOINT, TEST
+from aig.console import InputError, Parser, number, run_command
+from aig.runs import read_json, write_json
+from aig.runtime import ENGINES
+from benchmarks.pays import BUDGETS, SEEDS, STATIC, results, static_points
+from benchmarks.runner import ROOT, RUNS
+from benchmarks.timing import where
+
+TIMES, DENSE = "pays-time.json", "argmax"
+CALIBRATED = [f"argmax@budget={budget}" for budget in BUDGETS]
+CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
+    "gated, to a budget": [(f"budget{budget}", f"argmax@budget={budget}") for budget in BUDGETS],
+    "gated, with a floor": [("floor", mode) for mode in CALIBRATED],
+    "gated, to target rates": [("rates", mode) for mode in CALIBRATED],
+    "AIG from scratch": [("scratch", mode) for mode in CALIBRATED],
+    "always the same blocks": [("majority", DENSE)],
+    "random blocks": [("random", "sample")],
+    "static nets": [(arm, DENSE) for arm in STATIC],
+    "static nets, taught": [(f"{arm}-taught", DENSE) for arm in STATIC],
+}
+Point = tuple[float, float, float, float]  # cost, and the error in percent: the seeds' mean, lowest, highest
+
+
+# ---------------------------------------------------------------------------------------------- times
+
+
+def networks() -> Iterator[tuple[str, str, torch.nn.Module]]:
+    """Arm, mode and network of what is exported: those of the first seed that were tested and whose weights are there.
+    """
+    for arm, mode in (each for curve in CURVES.values() for each in curve):
+        path = ROOT / RUNS / f"pays-{arm}-s{SEEDS[0]}" / CHECKPOINT
+        if path.exists() and mode in read_json(path.parent / TEST) and mode != "sample":
+            budget = mode.partition("=")[2]
+            yield arm, mode, aig.load(path, budget=float(budget) if budget else None)
+
+
+def measure(images: Sequence[Path], rounds: int) -> dict[str, dict]:
+    """Milliseconds for an image, the median over the rounds: {engine: {arm: {mode: value}}}. The nets take turns.
+
+    Raises InputError if there is nothing to measure.
+    """
+    found: dict[str, dict] = {}
+    with TemporaryDirectory() as folder:
+        files = {}
+        for arm, mode, model in networks():
+            files[arm, mode] = Path(folder) / f"{len(files)}.onnx"
+            aig.export_onnx(model, files[arm, mode])
+        if not files or not images:
+            raise InputError(f"nothing to measure: {len(files)} trained nets in {ROOT / RUNS}, {len(images)} images")
+        for engine in ENGINES:
+            sessions = {key: aig.Session(path, engine) for key, path in files.items()}
+            prepare = next(iter(sessions.values())).preprocess
+            pixels = [prepare(Image.open(path))[None] for path in images]
+            taken: dict[tuple[str, str], list[float]] = {key: [] for key in sessions}
+            for _ in tqdm(range(rounds), engine, disable=None, leave=False):
+                for key, session in sessions.items():
+                    taken[key].append(seconds(session, pixels) / len(pixels))
+            for (arm, mode), values in taken.items():
+                found.setdefault(engine, {}).setdefault(arm, {})[mode] = 1000 * statistics.median(values)
+    return found
+
+
+def seconds(session: Callable[[np.ndarray], tuple], pixels: Sequence[np.ndarray]) -> float:
+    """To classify images one by one."""
+    session(pixels[0])
+    start = time.perf_counter()
+    for image in pixels:
+        session(image)
+    return time.perf_counter() - start
+
+
+def fastest(times: dict[str, dict], arm: str, mode: str) -> float | None:
+    """Milliseconds in the engine that needs least, if they were measured."""
+    measured = [nets[arm][mode] for nets in times.values() if mode in nets.get(arm, {})]
+    return min(measured, default=None)
+
+
+# ---------------------------------------------------------------------------------------------- the figure
+
+
+def points(folder: Path, curve: Sequence[tuple[str, str]], times: dict[str, dict] | None) -> list[Point]:
+    """What is known of a curve, over MMACs, or over milliseconds with `times`; by cost."""
+    known = []
+    for arm, mode in curve:
+        each = [result[mode] for result in results(folder, arm) if mode in result]
+        macs = [result["macs_mean"] / 1e6 for result in each]
+        cost = fastest(times, arm, mode) if times is not None else statistics.fmean(macs) if macs else None
+        errors = [100 - result["top1"] for result in each]
+        if errors and cost is not None:
+            known.append((cost, statistics.fmean(errors), min(errors), max(errors)))
+    return sorted(known)
+
+
+def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
+    """All curves on one pair of axes; bars from the lowest to the highest of the seeds."""
+    for index, (name, curve) in enumerate(CURVES.items()):
+        if known := points(folder, curve, times):
+            cost, error, low, high = np.array(known).T
+            style = {"linestyle": "-", "color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index]}
+            if name.startswith("static"):
+                style = {"linestyle": "none", "color": "black", "marker": "o"}
+            hollow = {"markerfacecolor": "white"} if "taught" in name else {}
+            bars = [error - low, high - error]
+            axes.errorbar(cost, error, bars, label=name, markersize=4, linewidth=1, elinewidth=0.7, capsize=2,
+                          **style, **hollow)
+    if times is None and (line := sorted(static_points({arm: results(folder, arm) for arm in both(STATIC)}))):
+        axes.plot(*zip(*line, strict=True), color="0.6", linewidth=0.8, zorder=0, label="the better static nets")
+    axes.grid(color="0.9", linewidth=0.5)
+
+
+def both(arms: Sequence[str]) -> list[str]:
+    return [*arms, *(f"{arm}-taught" for arm in arms)]
+
+
+def figure(folder: Path, times: dict[str, dict]) -> Figure:
+    """Error over multiply-accumulates, left, and over time, right, if there are times."""
+    columns = 2 if times else 1
+    drawing = Figure(figsize=(3.45 * columns, 3.1), layout="constrained")
+    first, *second = drawing.subplots(1, columns, sharey=True, squeeze=False)[0]
+    draw(first, folder, None)
+    first.set(xlabel="multiply-accumulates of an image, millions", ylabel="test error, %")
+    for axes in second:
+        draw(axes, folder, times)
+        axes.set(xlabel="milliseconds for an image, fastest engine")
+    handles, labels = first.get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=7)
+    return drawing
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    import matplotlib as mpl
+
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where to write the figure")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="holds runs/ and times")
+    parser.add_argument("--measure", action="store_true", help="measure times and keep them")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="test images, in a folder for each class")
+    parser.add_argument("--count", type=number(int, 1), default=200, help="of the images to measure on")
+    parser.add_argument("--rounds", type=number(int, 1), default=10)
+    args = parser.parse_args(argv)
+    if not (args.measure or args.out):
+        raise InputError("nothing to do: add --measure or --out FILE")
+    kept = args.results / TIMES
+    if args.measure:
+        files = sorted(args.images.glob("*/*.*")) if args.images else []
+        chosen = np.random.default_rng(0).permutation(len(files))[: args.count]
+        times = measure([files[index] for index in chosen], args.rounds)
+        write_json(kept, {"device": where(torch.device("cpu")), "images": len(chosen), "milliseconds": times})
+        print(f"written to {kept}")
+    if args.out:
+        with mpl.rc_context(STYLE):
+            figure(args.results / RUNS, read_json(kept).get("milliseconds", {})).savefig(args.out)
+        print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main, "pays_figure")

@@ -1,0 +1,85 @@
+"""The figure of the long runs: what is drawn of their results, and times of exported nets."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from steps import small_net
+
+from aig.checkpoint import CHECKPOINT
+from aig.console import InputError
+from benchmarks import pays_figure
+
+DENSE = "argmax"
+
+
+@pytest.fixture
+def keep(tmp_path):
+    """Writes what was tested of a run: `keep(arm, seed, mode=(MMACs, error))`."""
+
+    def write(arm, seed, **tests):
+        folder = tmp_path / "runs" / f"pays-{arm}-s{seed}"
+        folder.mkdir(parents=True)
+        text = {mode: {"macs_mean": 1e6 * macs, "top1": 100 - error} for mode, (macs, error) in tests.items()}
+        (folder / "test.json").write_text(json.dumps(text))
+        return folder
+
+    return write
+
+
+def test_a_point_is_the_mean_of_the_seeds_with_their_lowest_and_highest_error(tmp_path, keep):
+    for seed, error in ((1, 15), (2, 16)):
+        keep("budget0.6", seed, **{"argmax@budget=0.6": (24 + seed, error), "sample": (1, 1)})
+        keep("budget0.75", seed, argmax=(30, 14))  # not yet tested at its budget
+    curve = pays_figure.CURVES["gated, to a budget"]
+    assert pays_figure.points(tmp_path / "runs", curve, None) == [(25.5, 15.5, 15, 16)]
+    times = {"fast": {"budget0.6": {"argmax@budget=0.6": 2.5}}, "slow": {"budget0.6": {"argmax@budget=0.6": 3}}}
+    assert pays_figure.points(tmp_path / "runs", curve, times) == [(2.5, 15.5, 15, 16)]
+    assert pays_figure.points(tmp_path / "runs", curve, {}) == []
+
+
+def test_the_figure_draws_what_there_is(tmp_path, keep, run):
+    for arm, macs, error in (("control", 40, 14), ("resnet14", 30, 16), ("resnet14-taught", 30, 15)):
+        keep(arm, 1, argmax=(macs, error))
+    times = {"engine": {"control": {DENSE: 4.0}}}
+    drawing = pays_figure.figure(tmp_path / "runs", times)
+    left, right = drawing.axes
+    drawn = [[tuple(xy) for xy in line.get_xydata()] for line in left.get_lines()]
+    assert [(30, 15), (40, 14)] in drawn  # the better one of each size
+    assert [(30, 16), (40, 14)] in drawn  # the static nets without a teacher
+    assert [tuple(xy) for xy in right.get_lines()[0].get_xydata()] == [(4, 14)]
+    status, out, _ = run(pays_figure.main, "--results", tmp_path, "--out", tmp_path / "figure.png")
+    assert (status, out) == (0, f"written to {tmp_path / 'figure.png'}\n")
+    with Image.open(tmp_path / "figure.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_it_does_not_do_nothing(run):
+    status, _, err = run(pays_figure.main)
+    assert (status, err) == (2, "script: error: nothing to do: add --measure or --out FILE\n")
+
+
+def test_nothing_to_measure_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
+    with pytest.raises(InputError, match="nothing to measure: 0 trained nets in"):
+        pays_figure.measure([], 1)
+
+
+@pytest.mark.engine
+def test_nets_whose_weights_are_there_are_measured_in_each_engine(tmp_path, keep, monkeypatch):
+    for package in ("onnx", "onnxruntime", "openvino"):
+        pytest.importorskip(package)
+    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
+    folder = keep("control", 1, argmax=(40, 14))
+    torch.save({"state_dict": small_net(rates=[1, 1, 1]).state_dict()}, folder / CHECKPOINT)
+    keep("resnet8", 1, argmax=(10, 20))  # without weights
+    images = [tmp_path / f"{index}.png" for index in range(2)]
+    for path in images:
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
+    times = pays_figure.measure(images, rounds=2)
+    assert list(times) == ["onnxruntime", "openvino"]
+    for nets in times.values():
+        assert list(nets) == ["control"]
+        assert 0 < nets["control"][DENSE] < 1000
