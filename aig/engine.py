@@ -31,66 +31,45 @@ AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Now(NamedTuple):
-    """What a step uses: learning rate, temperature, and how far target rates have come (None: all the way)."""
+    """What a step uses."""
 
     lr: float
-    temperature: float
-    warm: float | None
+    warm: float | None  # how far target rates have come from 1; None: all the way
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """How to train."""
 
-    Attributes:
-        target_rates, lossfact, topk, budget, distillation: see `Objective`.
-        lr, lr_schedule, milestones, warmup: the learning rate rises linearly for `warmup` epochs. With the schedule
-            "step" it is divided by 10 once more from each milestone on; with "cosine" it falls to 0.
-        lrfact, gate_layers: factor of the learning rate of these layers of the blocks.
-        gate_decay: whether weight decay reaches the gates.
-        momentum, nesterov, weight_decay, fused: of SGD.
-        epochs, last: number of the schedule's last epoch, counted from 1, and of the last to run now.
-        seed: of the gates' noise.
-        target_warmup: epochs over which the target rates, or the floor of a budget, go linearly from 1 to their values.
-        temperature: of the gates' Gumbel-softmax.
-        fine_tunes: whether the network was trained before.
-        accumulate: parts in which a batch is computed, to save memory.
-        amp: what convolutions are computed in, a key of AMP; gates, losses and weights stay in float32.
-        compile: run full batches through torch.compile.
-        channels_last: memory format of the images.
-        sync_bn: BatchNorm over the images of all GPUs.
-        print_freq, log_interval: steps between reports, on plain output and on a terminal.
-    """
-
-    target_rates: Sequence[float]
+    target_rates: Sequence[float]  # this, `lossfact`, `topk`, `budget` and `distillation`: see `Objective`
     lossfact: float
-    lr: float
+    lr: float  # of the schedule "step": divided by 10 once more from each milestone on; of "cosine": falls to 0
     milestones: Sequence[int]
-    epochs: int
-    last: int
-    seed: int
+    epochs: int  # of the whole schedule, counted from 1
+    last: int  # epoch to run now
+    seed: int  # of the gates' noise
     lr_schedule: str = "step"
     topk: Sequence[int] = (1,)
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 0
-    gate_decay: bool = True
-    lrfact: float = 1
+    gate_decay: bool = True  # whether weight decay reaches the gates
+    lrfact: float = 1  # factor of the learning rate of `gate_layers` of the blocks
     gate_layers: Sequence[str] = GATE_LAYERS
-    fused: bool | None = None
-    warmup: int = 0
-    target_warmup: float = 0
+    fused: bool | None = None  # SGD in one kernel; None: on CUDA
+    warmup: int = 0  # epochs in which the learning rate rises linearly
+    target_warmup: float = 0  # epochs in which target rates, or the floor of a budget, go linearly down from 1
     budget: Budget | None = None
     distillation: Distillation | None = None
-    temperature: float = 1
-    fine_tunes: bool = False
-    accumulate: int = 1
-    amp: str = "off"
-    compile: bool = False
-    channels_last: bool = True
-    sync_bn: bool = False
-    print_freq: int = 25
-    log_interval: int = 20
+    temperature: float = 1  # of the gates' Gumbel-softmax
+    fine_tunes: bool = False  # whether the network was trained before
+    accumulate: int = 1  # parts in which a batch is computed, to save memory
+    amp: str = "off"  # what convolutions are computed in, a key of AMP; gates, losses and weights stay in float32
+    compile: bool = False  # run full batches through torch.compile
+    channels_last: bool = True  # memory format of the images
+    sync_bn: bool = False  # BatchNorm over the images of all GPUs
+    print_freq: int = 25  # steps between reports on plain output
+    log_interval: int = 20  # the same on a terminal
 
     def at(self, epoch: int, progress: float) -> Now:
         """The values of a step at whose end the part `progress` of the epoch is done, in (0, 1]."""
@@ -101,7 +80,7 @@ class Recipe:
             factor = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
         factor *= min(1, done / self.warmup) if self.warmup else 1
         warm = min(1, done / self.target_warmup) if self.target_warmup else None
-        return Now(self.lr * factor, self.temperature, warm)
+        return Now(self.lr * factor, warm)
 
     def autocast(self, device_type: str) -> torch.autocast:
         """What the network computes in, in training and validation: convolutions as `amp` says, gates in float32."""
@@ -156,7 +135,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
                 optimizer.zero_grad(set_to_none=True)
                 for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
                     with recipe.autocast(device.type):
-                        logits, gates = forward(x, temperature=now.temperature, noise=g)
+                        logits, gates = forward(x, temperature=recipe.temperature, noise=g)
                     loss, sums = objective(logits, y, gates, count, now.warm, x)
                     scaler.scale(loss).backward()
                     state.add(sums)

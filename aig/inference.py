@@ -204,7 +204,10 @@ class Accelerated(nn.Module):
         if self.gate_mode == "sample":
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return (noise[..., 1] - noise[..., 0]).to(device)
-        offsets = [-log_odds(threshold) for threshold in check_thresholds(self.threshold, self.num_gates)]
+        thresholds = check_thresholds(self.threshold, self.num_gates)
+        if isinstance(self.threshold, (int, float)):  # one number: nothing to copy
+            return torch.full((self.num_gates, len(x)), -log_odds(self.threshold), dtype=x.dtype, device=device)
+        offsets = [-log_odds(threshold) for threshold in thresholds]
         pinned = torch.tensor(offsets, dtype=x.dtype, pin_memory=device.type == "cuda")  # no wait for the copy
         return pinned.to(device, non_blocking=True)[:, None].expand(-1, len(x))
 
@@ -301,20 +304,13 @@ def seconds(network: nn.Module, images: Tensor, repeats: int = 3) -> float:
 
 @dataclass(frozen=True)
 class Macs:
-    """Multiply-accumulates for one image, part by part.
+    """Multiply-accumulates for one image, part by part."""
 
-    Attributes:
-        stem, head: before the first block, after the last.
-        shortcuts: per block; 0 for the identity.
-        branches: per block.
-        gates: per block, as `accelerate` computes them; 0 for a block without one.
-    """
-
-    stem: int
-    shortcuts: tuple[int, ...]
-    branches: tuple[int, ...]
-    gates: tuple[int, ...]
-    head: int
+    stem: int  # before the first block
+    shortcuts: tuple[int, ...]  # per block; 0 for the identity
+    branches: tuple[int, ...]  # per block
+    gates: tuple[int, ...]  # per block, as `accelerate` computes them; 0 for a block without one
+    head: int  # after the last block
 
     @property
     def dense(self) -> int:

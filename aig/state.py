@@ -24,26 +24,20 @@ LEAST_SCALE = 1e-3  # of a loss in float16, reached only if every step is left o
 class State:
     """Where a training stands: everything in a checkpoint except the flags.
 
-    Attributes:
-        epoch, step, seen: the epoch to run, its steps done, the images in them.
-        sums: over these images, see `Objective`.
-        seconds: spent on the epoch by earlier processes; `started` is when this one began with it.
-        best: the highest top-1 validation accuracy, in percent.
-        steps: of an epoch.
-        first_bad: the first step whose loss or gradient was not finite, -1 for none; stays on the device.
+    `first_bad` is the first step whose loss or gradient was not finite, -1 for none; it stays on the device.
     """
 
     model: AdaptiveResNet
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    steps: int
+    steps: int  # of an epoch
     world: World = ALONE
-    epoch: int = 1
-    step: int = 0
-    seen: int = 0
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    seconds: float = 0
-    best: float = -1.0
+    epoch: int = 1  # to run
+    step: int = 0  # so many of its steps are done
+    seen: int = 0  # images in them
+    sums: dict[str, Tensor] = field(default_factory=dict)  # over these images, see `Objective`
+    seconds: float = 0  # spent on the epoch by earlier processes
+    best: float = -1.0  # the highest top-1 validation accuracy, in percent
 
     def __post_init__(self) -> None:
         self.first_bad = torch.full((), -1, device=next(self.model.parameters()).device)

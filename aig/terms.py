@@ -19,20 +19,13 @@ class Budget:
     M = fixed + sum_l branches[l] r[l] is what a batch executes at rates r (L,), in multiply-accumulates of the dense
     network. W sum_l max(0, floor - r[l])^2 keeps gates from closing for good before they have learned which images
     need the branch (as in Verelst, Tuytelaars, "Dynamic convolutions", CVPR 2020).
-
-    Attributes:
-        fraction: B.
-        weight: W.
-        fixed: what every image executes: stem, shortcuts, gates, head.
-        branches: the branch of each block, (L,).
-        floor: the rate below which no gate is to fall; 0 leaves them free.
     """
 
-    fraction: float
-    weight: float
-    fixed: float
-    branches: Tensor
-    floor: float = 0
+    fraction: float  # B
+    weight: float  # W
+    fixed: float  # what every image executes: stem, shortcuts, gates, head
+    branches: Tensor  # (L,), of each block
+    floor: float = 0  # the rate below which no gate is to fall; 0 leaves them free
 
     def executed(self, rates: Tensor) -> Tensor:
         """M at these rates, (L,) -> 0-d."""
@@ -52,16 +45,11 @@ class Distillation:
     """A trained network teaches: w T^2 KL(softmax(teacher / T) || softmax(logits / T)), cross entropy at 1 - w.
 
     Source: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", 2015.
-
-    Attributes:
-        teacher: images (n, 3, H, W) -> logits (n, K), without a gradient.
-        weight: w.
-        temperature: T.
     """
 
-    teacher: Callable[[Tensor], Tensor]
-    weight: float = 0.5
-    temperature: float = 4
+    teacher: Callable[[Tensor], Tensor]  # images (n, 3, H, W) -> logits (n, K), without a gradient
+    weight: float = 0.5  # w
+    temperature: float = 4  # T
 
     def term(self, logits: Tensor, images: Tensor, reduction: str) -> Tensor:
         """The term for logits (n, K) of these images, as a mean or a sum over them."""

@@ -76,7 +76,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         for x, y, g in split(network, batch, labels, noise, recipe.parts(count, world)):
             with recipe.autocast(device.type):
-                logits, gates = forward(x, temperature=now.temperature, noise=g)
+                logits, gates = forward(x, temperature=recipe.temperature, noise=g)
             loss, sums = objective(logits, y, gates, count, now.warm, x)
             scaler.scale(loss).backward()
             state.add(sums)
