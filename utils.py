@@ -246,10 +246,7 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
 def find_resumable(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Resolves `--resume auto`: the run folder, or a fresh start if it has no checkpoint yet."""
     folder = new_folder(args)
-    try:
-        there, *others = ((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST, runs.TEST))
-    except OSError as error:
-        raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
+    there, *others = ((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST, runs.TEST))
     args.resume = given["resume"] = str(folder) if there else ""
     if there:
         given.pop("pretrained", None)

@@ -254,10 +254,13 @@ def outcome(main: Callable[[], None], name: str, failures: distributed.Failures)
         line, status = f"{name}: {stop}", 128 + stop.signal
     except KeyboardInterrupt:
         line, status = f"{name}: interrupted; what was finished before is saved", 130
-    except Exception:
-        if failures.first():
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename:  # a name too long, a folder that cannot be written, ...
+            line, status = f"{name}: error: {error.filename}: {error.strerror}", 2
+        elif failures.first():
             raise
-        return 1  # because another process failed, and said why
+        else:
+            return 1  # because another process failed, and said why
     # Training stops in every process or in the main one, so the main one reports.
     # An input error may hit one process only, so the first to fail reports.
     first = failures.first()

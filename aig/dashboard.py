@@ -489,14 +489,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw_images(shown: dict[str, Window], target: Path) -> None:
-    """Writes one PNG for each window, and `dashboard.png` with all of them. Raises InputError if it cannot."""
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-        for name, window in progress_bar(shown.items(), "drawing", len(shown), "window"):
-            figure([window]).savefig(target / f"{name}.png", dpi=150)
-        figure(shown.values()).savefig(target / "dashboard.png", dpi=100)
-    except OSError as error:
-        raise InputError(f"cannot draw into {target}: {error}") from error
+    """Writes one PNG for each window, and `dashboard.png` with all of them."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name, window in progress_bar(shown.items(), "drawing", len(shown), "window"):
+        figure([window]).savefig(target / f"{name}.png", dpi=150)
+    figure(shown.values()).savefig(target / "dashboard.png", dpi=100)
     say(f"{len(shown)} windows drawn into {target}, and all of them into {target / 'dashboard.png'}")
 
 

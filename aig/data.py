@@ -170,7 +170,8 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
     Raises:
         InputError: if there is no such folder, no class in it, or a class without images.
     """
-    check_folder(root)
+    if not root.is_dir():
+        raise InputError(f"no such folder: {root}")
     if not split:
         return open_image_folder(find_split(root, ("train",) if train else tests), transform)
     if any((root / name).is_dir() for name in ("train", *tests)):
@@ -186,16 +187,6 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
         raise InputError(f"--split: each class in {root} has a single image, so none can be held out")
     found.samples = [found.samples[index] for index in sorted(kept)]
     return found
-
-
-def check_folder(root: Path) -> None:
-    """Raises InputError if there is no such folder."""
-    try:
-        found = root.is_dir()
-    except OSError as error:  # a name that is too long, for instance
-        raise InputError(f"cannot read the folder {root}: {error.strerror}") from error
-    if not found:
-        raise InputError(f"no such folder: {root}")
 
 
 def find_split(root: Path, names: Sequence[str]) -> Path:

@@ -170,22 +170,15 @@ def mend_best(folder: Path) -> None:
 
 def check_vacant(folder: Path, overwrite: bool) -> None:
     """Raises InputError if `folder` already holds files of a run, unless it may be overwritten."""
-    try:
-        taken = any((folder / name).exists() for name in RUN_FILES)
-    except OSError as error:
-        raise InputError(f"cannot use {folder} as the run folder: {error.strerror}") from error
-    if taken and not overwrite:
+    if any((folder / name).exists() for name in RUN_FILES) and not overwrite:
         go_on = f", go on with --resume {folder / CHECKPOINT}" if (folder / CHECKPOINT).exists() else ""
         how = f"choose another --expname{go_on}, or replace it with --overwrite"
         raise InputError(f"{folder} already holds a run: {how}")
 
 
 def make_folder(folder: Path, what: str = "the run folder") -> None:
-    """Makes the folder if it is missing. Raises InputError if that, or writing into it, is not possible."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make {what} {folder}: {error.strerror}") from error
+    """Makes the folder if it is missing. Raises OSError, or InputError if it cannot be written into."""
+    folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise InputError(f"cannot write into {what} {folder}")
 
@@ -203,8 +196,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=PATIENCE)
     except filelock.Timeout:
         raise InputError(f"another process is training in {folder}: wait for it, or stop it") from None
-    except OSError as error:
-        raise InputError(f"cannot lock the run folder with {path}: {error.strerror}") from error
     try:
         yield
     finally:

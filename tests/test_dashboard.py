@@ -373,7 +373,7 @@ def test_what_cannot_be_shown_is_one_line_of_error(run, tmp_path):
     for wrong, message in (
         ([damaged], "does not hold a run"),
         ([damaged, "--png", images], "does not hold a run"),
-        ([folder, "--png", folder / "args.json"], "cannot draw into"),
+        ([folder, "--png", folder / "args.json"], "File exists"),
         ([tmp_path / "nothing"], "holds no records"),
         ([folder, "--visdom-port", free_port()], "no answer from"),
         ([folder, "--visdom-port", 0], "at least 1"),

@@ -82,7 +82,7 @@ def test_a_read_only_run_folder_is_one_line(run, small_disk, contents):
     status, _, err = resume(run, small_disk)
     assert (status, err.count("\n"), "cannot write into the run folder" in err) == (2, 1, True)
     status, _, err = run(train.main, *DIGITS, "--save", small_disk.parent, "--expname", "new")
-    assert (status, err.count("\n"), "cannot make the run folder" in err) == (2, 1, True)
+    assert (status, err.count("\n"), "Read-only file system" in err) == (2, 1, True)
     status, _, err = run(train.main, "--test", "--resume", small_disk / runs.BEST, "--device", "cpu")
     assert (status, err.count("\n"), "cannot write" in err) == (1, 1, True)
     assert contents(small_disk) == before
