@@ -212,35 +212,27 @@ def check_sources(args: argparse.Namespace) -> None:
 
 def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Raises InputError for flags that do not go together."""
-    if args.dense and not args.test:
-        raise InputError("--dense is for --test: training computes every branch anyway")
-    if (args.test_size or args.reestimate_bn) and not args.test:
-        raise InputError(f"{'--test-size' if args.test_size else '--reestimate-bn'} is for --test: add it")
-    if args.test and (args.visdom or args.tensorboard):
-        shows = "--visdom" if args.visdom else "--tensorboard"
-        raise InputError(f"{shows} shows a training: leave it out with --test")
-    steps = [name for name in ("milestones", "lrdecay") if name in given]
-    if steps and args.lr_schedule == "cosine":
-        raise InputError(f"--{steps[0]} is for --lr-schedule step: a cosine has no steps")
-    for name in ("target", "lossfact"):
-        if args.budget and not args.test and name in given:
-            raise InputError(f"--{name} is about a rate for each gate: --budget takes its place")
-    if args.budget and not args.budget_floor and "target_warmup" in given:
-        raise InputError("--target-warmup is for the floor of the --budget: leave it out with --no-budget-floor")
-    for name in ("budget_weight", "budget_floor", "distill_weight", "distill_temperature"):
-        flag = name.split("_")[0]
-        if name in given and not vars(args)[flag]:
-            raise InputError(f"--{name.replace('_', '-')} does nothing without --{flag}")
-    if args.test and (training := [name for name in ("distill", "pretrained") if given.get(name)]):
-        raise InputError(f"--{training[0]} is for training: leave it out with --test")
-    other = given.get("gate_mode", "argmax") != "argmax" or "threshold" in given or args.reestimate_bn
-    if args.test and args.budget and other:
-        raise InputError("--test --budget needs no --gate-mode, --threshold or --reestimate-bn: leave them out")
+    trains_to_budget = args.budget and not args.test
+    rules = [  # flags, when they may not be given, and why
+        (("dense", "test_size", "reestimate_bn"), not args.test, "is for --test: add it"),
+        (("visdom", "tensorboard"), args.test, "shows a training: leave it out with --test"),
+        (("distill", "pretrained"), args.test, "is for training: leave it out with --test"),
+        (("threshold", "reestimate_bn"), args.test and args.budget, "does not go with --test --budget: leave it out"),
+        (("milestones", "lrdecay"), args.lr_schedule == "cosine", "is for --lr-schedule step: a cosine has no steps"),
+        (("target", "lossfact"), trains_to_budget, "is about a rate for each gate: --budget takes its place"),
+        (("target_warmup",), args.budget and not args.budget_floor, "is for the floor of the --budget: it has none"),
+        (("budget_weight", "budget_floor"), not args.budget, "does nothing without --budget"),
+        (("distill_weight", "distill_temperature"), not args.distill, "does nothing without --distill"),
+        (("visdom_server", "visdom_port", "visdom_env"), not args.visdom, "says where to show the run: add --visdom"),
+    ]
+    for names, forbidden, why in rules:
+        for name in names:
+            if forbidden and name in given:
+                raise InputError(f"--{name.replace('_', '-')} {why}")
+    if args.test and args.budget and given.get("gate_mode", "argmax") != "argmax":
+        raise InputError(f"--gate-mode {args.gate_mode}: --test --budget is about argmax")
     if args.nesterov and not args.momentum:
         raise InputError("--nesterov needs a --momentum above 0")
-    where = [name for name in ("visdom_server", "visdom_port", "visdom_env") if name in given]
-    if where and not args.visdom:
-        raise InputError(f"--{where[0].replace('_', '-')} says where to show the run: add --visdom")
 
 
 def find_resumable(args: argparse.Namespace, given: dict[str, Any]) -> None:
