@@ -61,19 +61,12 @@ def reach(model: AdaptiveResNet, cost: Macs) -> tuple[float, float]:
 
 
 class Trial(NamedTuple):
-    """What a network does at certain thresholds.
+    """What a network does at certain thresholds."""
 
-    Attributes:
-        log_odds: thresholds of the gates, (G,).
-        scores: the gates' log-odds for each image, (N, G).
-        loss: cross entropy.
-        executed: multiply-accumulates, as a part of the dense network's.
-    """
-
-    log_odds: Tensor
-    scores: Tensor
-    loss: float
-    executed: float
+    log_odds: Tensor  # (G,), the thresholds of the gates
+    scores: Tensor  # (N, G), the gates' log-odds for each image
+    loss: float  # cross entropy
+    executed: float  # multiply-accumulates, as a part of the dense network's
 
 
 def calibrate(model: AdaptiveResNet, loader: Batches, budget: float) -> float | list[float]:

@@ -129,19 +129,12 @@ def read_small(path: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Source:
-    """A data set of small images.
+    """A data set of small images."""
 
-    Attributes:
-        load: (folder, train or test) -> its images; raises InputError.
-        augment: of training, see `SmallImageLoader`.
-        statistics: to normalise with; None measures the training images.
-        size: height and width in pixels.
-    """
-
-    load: Callable[..., SmallImages]
-    augment: str
-    statistics: Statistics | None
-    size: int
+    load: Callable[..., SmallImages]  # (folder, train or test) -> its images; raises InputError
+    augment: str  # of training, see `SmallImageLoader`
+    statistics: Statistics | None  # to normalise with; None measures the training images
+    size: int  # height and width in pixels
 
 
 DATASETS = {
@@ -506,31 +499,19 @@ class PhotoLoader(Loader):
 
 @dataclass(frozen=True)
 class Choice:
-    """Which images a run uses: what its flags, and the checkpoint it goes on from, say of its data.
+    """Which images a run uses: what its flags, and the checkpoint it goes on from, say of its data."""
 
-    Attributes:
-        dataset: a key of DATASETS, or PHOTOGRAPHS.
-        data: the folder.
-        split: see `open_split`.
-        train_size, val_size, test_size: use so many training images; hold out so many of them; test on so many.
-        image_size: of photographs.
-        test: evaluate on the test images; else train, and validate on those held out, or on the test images.
-        needs_training: whether a test needs the training images, too.
-        calibrates: whether a test needs some of them as they are, those held out if there are any.
-        classes, mean, std: recorded in a checkpoint.
-    """
-
-    dataset: str = PHOTOGRAPHS
-    data: str = ""
-    split: float | None = None
-    train_size: int | None = None
-    val_size: int = 0
-    test_size: int | None = None
-    image_size: int = 224
-    test: bool = False
-    needs_training: bool = False
-    calibrates: bool = False
-    classes: list[str] | None = None
+    dataset: str = PHOTOGRAPHS  # or a key of DATASETS
+    data: str = ""  # the folder
+    split: float | None = None  # see `open_split`
+    train_size: int | None = None  # use so many training images
+    val_size: int = 0  # hold out so many of them
+    test_size: int | None = None  # test on so many
+    image_size: int = 224  # of photographs
+    test: bool = False  # evaluate on the test images; else train, and validate on those held out or on the test images
+    needs_training: bool = False  # whether a test needs the training images, too
+    calibrates: bool = False  # whether a test needs some of them as they are, those held out if there are any
+    classes: list[str] | None = None  # this, mean and std: as recorded in a checkpoint
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
 
@@ -548,16 +529,12 @@ class Batching:
 
 @dataclass
 class Loaders:
-    """The images of a run; those that nothing needs are None.
-
-    Attributes:
-        calibration: up to CALIBRATION training images, as in evaluation.
-    """
+    """The images of a run; those that nothing needs are None."""
 
     train: Loader | None
     val: Loader
     normalisation: Statistics
-    calibration: Loader | None = None
+    calibration: Loader | None = None  # up to CALIBRATION training images, as in evaluation
 
 
 def open_loaders(choice: Choice, batching: Batching) -> Loaders:

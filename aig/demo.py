@@ -64,19 +64,12 @@ footer { display: none !important; }
 
 @dataclass(frozen=True)
 class Graph:
-    """What the network did with an image.
+    """What the network did with an image."""
 
-    Attributes:
-        probabilities: by the name of the class.
-        opened: (L,), whether each block ran.
-        p_open: (L,), what its gate said; NaN for a block without one.
-        macs: multiply-accumulates.
-    """
-
-    probabilities: dict[str, float]
-    opened: list[bool]
-    p_open: list[float]
-    macs: float
+    probabilities: dict[str, float]  # by the name of the class
+    opened: list[bool]  # (L,), whether each block ran
+    p_open: list[float]  # (L,), what its gate said; NaN for a block without one
+    macs: float  # multiply-accumulates
 
 
 @torch.no_grad()

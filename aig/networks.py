@@ -353,17 +353,11 @@ def open_gates(model: AdaptiveResNet, fresh: dict[str, Tensor], probability: flo
 
 @dataclass(frozen=True)
 class Pretrained:
-    """The weights of a trained network.
+    """The weights of a trained network."""
 
-    Attributes:
-        source: the file or name given by the user.
-        state: a state_dict under our names.
-        args: what a checkpoint of ours records with them.
-    """
-
-    source: str
-    state: dict[str, Tensor]
-    args: dict[str, Any] = field(default_factory=dict)
+    source: str  # the file or name given by the user
+    state: dict[str, Tensor]  # a state_dict under our names
+    args: dict[str, Any] = field(default_factory=dict)  # what a checkpoint of ours records with them
 
     def load_into(self, model: AdaptiveResNet, classes: Sequence[str] = ()) -> str:
         """Starts a network for these classes from them. Gates that they lack, and a head for other classes, stay fresh.

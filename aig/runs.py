@@ -208,30 +208,17 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """A training in its folder; made by `start_run`. Only the main process writes.
-
-    Attributes:
-        folder: where its files are.
-        args: what checkpoints record: all flags, and what was derived from the data.
-        environment: versions and hardware, for args.json.
-        resumed: the checkpoint file it continues, if any.
-        checkpoint: what that held.
-        first: the first epoch to run.
-        records: of the epochs done.
-        overwrite: replace what is in the folder.
-        save_every: seconds between checkpoints within an epoch.
-        world: the processes of this run.
-    """
+    """A training in its folder; made by `start_run`. Only the main process writes."""
 
     folder: Path
-    args: dict[str, Any]
-    environment: dict[str, Any] = field(default_factory=dict)
-    resumed: Path | None = None
-    checkpoint: dict = field(default_factory=dict)
-    first: int = 1
-    records: list[dict] = field(default_factory=list)
-    overwrite: bool = False
-    save_every: float = math.inf
+    args: dict[str, Any]  # what checkpoints record: all flags, and what was derived from the data
+    environment: dict[str, Any] = field(default_factory=dict)  # versions and hardware, for args.json
+    resumed: Path | None = None  # the checkpoint file it continues, if any
+    checkpoint: dict = field(default_factory=dict)  # what that held
+    first: int = 1  # the first epoch to run
+    records: list[dict] = field(default_factory=list)  # of the epochs done
+    overwrite: bool = False  # replace what is in the folder
+    save_every: float = math.inf  # seconds between checkpoints within an epoch
     world: World = ALONE
 
     def __post_init__(self) -> None:

@@ -33,19 +33,12 @@ GUESSES = 5  # classes that are printed for a single image
 
 @dataclass
 class Part:
-    """What a part of the analysis found.
+    """What a part of the analysis found."""
 
-    Attributes:
-        arrays: of each figure, by its name: the arguments of the function in `figures` that draws it.
-        tables: rows of each CSV file, by its name; the first row names the columns.
-        numbers: for the summary.
-        lines: to print.
-    """
-
-    arrays: dict[str, Arrays] = field(default_factory=dict)
-    tables: dict[str, list[Sequence[Any]]] = field(default_factory=dict)
-    numbers: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
+    arrays: dict[str, Arrays] = field(default_factory=dict)  # by figure: arguments of the function in `figures`
+    tables: dict[str, list[Sequence[Any]]] = field(default_factory=dict)  # of CSV files; the first row names columns
+    numbers: dict[str, Any] = field(default_factory=dict)  # for the summary
+    lines: list[str] = field(default_factory=list)  # to print
 
 
 def rates(subject: Subject) -> Part:

@@ -26,25 +26,16 @@ from convnet_aig import AdaptiveResNet, check_thresholds
 
 @dataclass
 class Subject:
-    """A trained network with its test images; their graphs are computed once, when a part asks for them.
+    """A trained network with its test images; their graphs are computed once, when a part asks for them."""
 
-    Attributes:
-        name: what figures and tables call it.
-        path, epoch: the checkpoint, and the epochs it was trained for; None if that is not recorded.
-        model: the network in its gate mode, at its threshold, on its device.
-        loader: the images.
-        seed, samples: see `evaluation.measure`.
-        compared: where the numbers of the networks beside it come from, by name.
-    """
-
-    name: str
-    path: str
-    epoch: int | None
-    model: AdaptiveResNet
-    loader: Loader
-    seed: int
+    name: str  # what figures and tables call it
+    path: str  # of the checkpoint
+    epoch: int | None  # the epochs it was trained for; None if that is not recorded
+    model: AdaptiveResNet  # in its gate mode, at its threshold, on its device
+    loader: Loader  # of the images
+    seed: int  # this and `samples`: see `evaluation.measure`
     samples: int
-    compared: dict[str, dict[str, Any]] = field(default_factory=dict)
+    compared: dict[str, dict[str, Any]] = field(default_factory=dict)  # provenance of those beside it, by name
 
     @cached_property
     def cost(self) -> Macs:
