@@ -178,12 +178,12 @@ def typed(action: argparse.Action, value: Any) -> Any:
 def number(
     kind: type, low: float = -math.inf, high: float = math.inf, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], Any]:
-    """An argparse type: an int or float in [low, high], larger than `above` and smaller than `below`."""
+    """An argparse type: an int, float or Fraction in [low, high], larger than `above` and smaller than `below`."""
 
     def convert(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, ZeroDivisionError):
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n' * (kind is int)} {kind.__name__}") from None
         if kind is int and abs(value) >= 2**63:  # no tensor and no float may hold it
             raise argparse.ArgumentTypeError(f"{text[:20]}... is too large")

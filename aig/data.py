@@ -27,7 +27,7 @@ from aig import distributed
 from aig.console import InputError, progress_bar, say
 from aig.distributed import ALONE, World
 from aig.environment import derive_seed, without_empty_folders
-from aig.images import Normaliser, photo_transform, read_image, shrink
+from aig.images import Normaliser, centred, photo_transform, read_image
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
 PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
@@ -117,14 +117,12 @@ def load_folder(root: Path, train: bool, split: float | None = None) -> SmallIma
     """One folder per class, images of any size, brought to 32x32: short side resized, centre cropped."""
     found = open_split(root, train, ("test", "val"), split)
     files, labels = [path for path, _ in found.samples], [label for _, label in found.samples]
+    size = DATASETS["folder"].size
+    shrink = centred(size, size)
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        arrays = pool.map(read_small, files)
-        images = np.stack(list(progress_bar(arrays, f"reading {found.root}", len(files), "image")))
-    return SmallImages(torch.from_numpy(images), torch.tensor(labels), found.classes, files)
-
-
-def read_small(path: str) -> np.ndarray:
-    return np.asarray(shrink(read_image(path), DATASETS["folder"].size))
+        pixels = pool.map(lambda path: shrink(read_image(path)), files)
+        images = torch.stack(list(progress_bar(pixels, f"reading {found.root}", len(files), "image")))
+    return SmallImages(images.permute(0, 2, 3, 1).contiguous(), torch.tensor(labels), found.classes, files)
 
 
 @dataclass(frozen=True)

@@ -26,29 +26,20 @@ def read_image(path: str | Path) -> Image.Image:
         raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
 
 
-def shrink(image: Image.Image, size: int) -> Image.Image:
-    """The image with its short side resized, and its centre cropped, to `size` pixels."""
-    from torchvision.transforms.v2 import functional as TF  # here, because importing torchvision takes seconds
+def centred(size: int, short_side: int) -> Callable[[Image.Image], Tensor]:
+    """The transform of an RGB image of any size to (3, size, size) uint8: short side resized, centre cropped."""
+    from torchvision.transforms import v2  # here, because importing torchvision takes seconds
 
-    return image if image.size == (size, size) else TF.center_crop(TF.resize(image, size), size)
-
-
-def small_transform(size: int) -> Callable[[Image.Image], Tensor]:
-    """The transform of an RGB image of any size to (3, size, size) uint8, as for small data sets."""
-    from torchvision.transforms.v2 import functional as TF
-
-    return lambda image: TF.pil_to_tensor(shrink(image, size))
+    return v2.Compose([v2.Resize(short_side), v2.CenterCrop(size), v2.PILToTensor()])
 
 
 def photo_transform(size: int, train: bool) -> Callable[[Image.Image], Tensor]:
     """The transform of an RGB image to (3, size, size) uint8: the usual ones of ImageNet, for 224 and in proportion."""
     from torchvision.transforms import v2
 
-    if train:
-        crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    else:
-        crop = [v2.Resize(photo_side(size)), v2.CenterCrop(size)]
-    return v2.Compose([*crop, v2.PILToTensor()])
+    if not train:
+        return centred(size, photo_side(size))
+    return v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
 
 def photo_side(size: int) -> int:
@@ -105,8 +96,7 @@ class Preprocess:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """The image as the network sees it, (3, size, size) uint8."""
-        transform = photo_transform(self.size, train=False) if self.photographs else small_transform(self.size)
-        return transform(image.convert("RGB"))
+        return centred(self.size, self.short_side)(image.convert("RGB"))
 
     def __call__(self, image: Image.Image) -> Tensor:
         return Normaliser(self.mean, self.std)(self.pixels(image).float())

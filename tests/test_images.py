@@ -48,7 +48,7 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path):
 def test_small_images_keep_their_whole_short_side(width, height):
     image = picture(width, height)
     expected = TF.center_crop(TF.resize(image, 32), 32) if (width, height) != (32, 32) else image
-    pixels = images.small_transform(32)(image)
+    pixels = images.centred(32, 32)(image)
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
     np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(expected))
 
@@ -81,7 +81,7 @@ def test_normalising_is_torchvisions_and_can_be_undone():
 def test_preprocessing_takes_an_image_of_any_size_and_mode(photographs, size):
     preprocess = Preprocess(48, *IMAGENET_STATISTICS, photographs)
     image = picture(*size)
-    transform = images.photo_transform(48, train=False) if photographs else images.small_transform(48)
+    transform = images.photo_transform(48, train=False) if photographs else images.centred(48, 48)
     assert torch.equal(preprocess.pixels(image), transform(image))
     x = preprocess(image.convert("RGBA"))
     assert (x.shape, x.dtype) == ((3, 48, 48), torch.float32)

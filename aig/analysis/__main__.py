@@ -9,8 +9,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -35,18 +35,6 @@ RECORDED = ("data", "dataset", "split", "gate_mode", "threshold", "batch_size", 
 # ---------------------------------------------------------------------------------------------- flags
 
 
-def epsilon(text: str) -> float:
-    """An argparse type: a number in [0, 1], such as 0.01 or 4/255."""
-    above, _, below = text.partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1, such as 0.01 or 4/255")
-    return value
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.analysis", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--resume", required=True, metavar="RUN", help="the checkpoint or run folder to analyze")
@@ -58,8 +46,8 @@ def make_parser() -> Parser:
     parser.add_argument("--image", nargs="+", metavar="FILE", help="show these images' graphs instead")
     parser.add_argument("--thresholds", nargs="+", type=number(float, above=0, below=1), default=THRESHOLDS,
                         metavar="P", help="thresholds of P(open) on the curve (default: eleven from 0.05 to 0.95)")
-    parser.add_argument("--epsilons", nargs="+", type=epsilon, default=EPSILONS, metavar="E",
-                        help="strengths of the attack, in parts of the pixels' range (default: 0 to 16/255)")
+    parser.add_argument("--epsilons", nargs="+", type=number(Fraction, 0, 1), default=EPSILONS, metavar="E",
+                        help="strengths of the attack, such as 4/255 of the pixels' range (default: 0 to 16/255)")
     parser.add_argument("--jpeg-quality", type=number(int, 1, 100), default=75, metavar="Q",
                         help="quality at which attacked images are compressed")
     parser.add_argument("--permutations", type=number(int, 1), default=999, metavar="N",
@@ -130,7 +118,7 @@ def analyze(flags: argparse.Namespace, compared: Sequence[argparse.Namespace]) -
         raise InputError(f"{flags.path} is a net without gates: analyze one with gates, and --compare this one")
     for other in compared:
         same_classes(subject.loader.classes, other.recorded.get("classes", subject.loader.classes), other.path)
-    epsilons = sorted(set(flags.epsilons))
+    epsilons = sorted(set(map(float, flags.epsilons)))
     compute = {
         "rates": partial(parts.rates, subject),
         "usage": partial(parts.usage, subject),
