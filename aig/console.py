@@ -7,29 +7,22 @@ training, which is saved first; 1 anything else.
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable
-from logging.handlers import MemoryHandler
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
 from aig import distributed
-
-# What `say` and `warn` print. It waits in `history` for a run folder, whose log.txt it goes to.
-log = logging.getLogger("aig")
-history = MemoryHandler(math.inf, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
-log.setLevel(logging.INFO)
-log.propagate = False
-log.addHandler(history)
 
 
 class InputError(Exception):
@@ -81,16 +74,43 @@ class Signals:
 # ---------------------------------------------------------------------------------------------- printing
 
 
-def say(text: str) -> None:
+class Log:
+    """What was said, with times. It waits in `lines` for a run folder, whose log.txt it then goes to.
+
+    A log that cannot be written does not end a run: the next checkpoint reports a full disk.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.path: Path | None = None
+        self.lines: list[str] = []
+
+    def add(self, text: str) -> None:
+        self.lines.append(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if self.path:
+            self.write_to(self.path)
+
+    def write_to(self, path: Path) -> None:
+        """Appends to a file what waits, and from now on every line at once."""
+        self.path, waiting, self.lines = path, self.lines, []
+        with suppress(OSError), path.open("a", encoding="utf-8") as file:
+            file.writelines(waiting)
+
+
+log = Log()
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
     """Prints text, at once, and adds it to the log of the run that is going on."""
-    print(text, flush=True)
-    log.info(text)
+    print(text, file=stream, flush=True)
+    log.add(text)
 
 
 def warn(text: str) -> None:
     """The same on stderr."""
-    print(text, file=sys.stderr, flush=True)
-    log.warning(text)
+    say(text, sys.stderr)
 
 
 def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
@@ -238,7 +258,7 @@ def run_command(main: Callable[[], None], name: str) -> NoReturn:
 
 def outcome(main: Callable[[], None], name: str, failures: distributed.Failures) -> int:
     """Runs `main` and returns the exit status of this module's docstring, after its one line on stderr."""
-    history.buffer.clear()
+    log.clear()
     try:
         main()
         sys.stdout.flush()

@@ -17,13 +17,12 @@ from __future__ import annotations
 import errno
 import io
 import json
-import logging
 import math
 import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 
 from aig.checkpoint import BEST, CHECKPOINT, TEST, load_checkpoint
-from aig.console import InputError, Interrupted, Signals, TrainingError, command, history, log
+from aig.console import InputError, Interrupted, Signals, TrainingError, command, log
 from aig.distributed import ALONE, World
 from aig.environment import without_empty_folders
 
@@ -238,9 +237,9 @@ class Run:
             for name in RUN_FILES:
                 (self.folder / name).unlink(missing_ok=True)
             shutil.rmtree(self.folder / EVENTS, ignore_errors=True)
-            if not history.target:  # the log there belongs to the run that is replaced
+            if not log.path:  # the log there belongs to the run that is replaced
                 (self.folder / LOG).unlink(missing_ok=True)
-                write_log(self.folder)
+                log.write_to(self.folder / LOG)
         write_json(self.folder / ARGS, {**self.args, "commands": self.commands, **self.environment})
 
     def save(self, state: Any, is_best: bool = False) -> None:
@@ -339,9 +338,9 @@ def logged(run: Run) -> Iterator[None]:
     """
     replaces = run.overwrite and not run.begun and any((run.folder / name).exists() for name in RUN_FILES)
     is_new = not (run.folder / LOG).exists()
-    log.info(f"command: {run.commands[-1]}")
+    log.add(f"command: {run.commands[-1]}")
     if not replaces:
-        write_log(run.folder)
+        log.write_to(run.folder / LOG)
     reason: BaseException | str = "done"
     try:
         yield
@@ -350,38 +349,10 @@ def logged(run: Run) -> Iterator[None]:
         raise
     finally:
         named = isinstance(reason, (str, InputError, TrainingError, Interrupted))
-        log.info(f"ended: {reason if named else repr(reason)}")
-        if history.target:
-            history.target.close()
-        history.setTarget(None)
-        history.capacity = math.inf
-        history.buffer.clear()
+        log.add(f"ended: {reason if named else repr(reason)}")
+        log.clear()
         if isinstance(reason, InputError) and is_new and not run.begun:
             (run.folder / LOG).unlink(missing_ok=True)
-
-
-class LogFile(logging.FileHandler):
-    """log.txt, without a word where it cannot be written: the next checkpoint reports a full disk."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # which opens it
-            super().emit(record)
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        with suppress(OSError):  # which writes what a full disk did not take
-            super().close()
-
-
-def write_log(folder: Path) -> None:
-    """Sends what has been said to the log file of a folder, and from now on every line at once."""
-    target = LogFile(folder / LOG, encoding="utf-8", delay=True)
-    target.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    history.setTarget(target)
-    history.capacity = 1
-    history.flush()
 
 
 def earlier_commands(folder: Path) -> list[str]:

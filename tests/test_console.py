@@ -1,7 +1,6 @@
 """What a command says and how it ends."""
 
 import argparse
-import logging
 import math
 import os
 import signal
@@ -113,12 +112,11 @@ def test_in_another_thread_nothing_is_handled():
 
 
 def test_what_is_said_is_printed_and_waits_for_a_log(capsys):
-    console.history.buffer.clear()
+    console.log.clear()
     console.say("hello")
     console.warn("careful")
     assert capsys.readouterr() == ("hello\n", "careful\n")
-    kept = [(record.levelno, record.getMessage()) for record in console.history.buffer]
-    assert kept == [(logging.INFO, "hello"), (logging.WARNING, "careful")]
+    assert [line.split("  ")[1] for line in console.log.lines] == ["hello\n", "careful\n"]
 
 
 def test_a_bar_is_silent_without_a_terminal(capsys):
