@@ -101,19 +101,20 @@ def read_model(path: Path) -> dict:
 
 
 def config_beside(path: Path) -> dict | None:
-    """What the config.json in the folder of a file says; None if there is none, or another program's.
+    """What the config.json in the folder of a file says; None if there is none, or another program's."""
+    config = read_json(path.with_name(CONFIG))
+    return config if config.get("library_name") == PROGRAM else None
 
-    Raises:
-        InputError: if it is damaged.
-    """
-    file = path.with_name(CONFIG)
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
     try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({error})") from error
-    return config if isinstance(config, dict) and config.get("library_name") == PROGRAM else None
+        value = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: move it away")
+    return value
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -197,26 +198,27 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
         for layer in GATE_LAYERS
     )
     state = {key: value for key, value in state.items() if not key.startswith(ungated)}
-    # files of PyTorch 0.3 do not count BatchNorm's batches
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    foreign = [key for key in state if key not in expected]
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in state and state[key].shape != value.shape
+
+    def kind(value: Tensor) -> str:
+        return f"{'floating' if value.is_floating_point() else 'integer'} {tuple(value.shape)}"
+
+    problems = {
+        # files of PyTorch 0.3 do not count BatchNorm's batches
+        "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
+        "left over": [key for key in state if key not in expected],
+        "of another shape or type": [
+            f"{key} {kind(state[key])} instead of {kind(expected[key])}"
+            for key in expected
+            if key in state and kind(state[key]) != kind(expected[key])
+        ],
+    }
+    said = [
+        f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
+        for what, keys in problems.items()
+        if keys
     ]
-    types = [
-        f"{key} {state[key].dtype} instead of {value.dtype}"
-        for key, value in expected.items()
-        if key in state and state[key].is_floating_point() != value.is_floating_point()
-    ]
-    problems = []
-    named = (("missing", missing), ("left over", foreign), ("of another shape", shapes), ("of another type", types))
-    for what, keys in named:
-        if keys:
-            problems.append(f"{len(keys)} {what} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})")
-    if problems:
-        raise InputError(f"{source} does not fit this network: keys {'; '.join(problems)}")
+    if said:
+        raise InputError(f"{source} does not fit this network: keys {'; '.join(said)}")
     model.load_state_dict(state, strict=False)
 
 

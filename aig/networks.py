@@ -10,7 +10,6 @@ Weights of torchvision and timm come under their names and leave under ours: `do
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +32,7 @@ from aig.checkpoint import (
     load_checkpoint,
     load_safely,
     load_weights,
+    read_json,
     read_safetensors,
     recorded,
     without_prefixes,
@@ -159,15 +159,11 @@ def recorded_threshold(own: dict[str, Any], num_gates: int) -> float | list[floa
 def results_of(file: Path, checkpoint: dict) -> dict[str, dict[str, Any]]:
     """What test.json beside a checkpoint says of it as it is now, by gate mode. Raises InputError if it is damaged."""
     path, epoch = file.with_name(TEST), checkpoint.get("epoch")
-    now = {"checkpoint": file.name, "epoch": epoch - 1 if isinstance(epoch, int) else None}
-    try:
-        results = json.loads(path.read_text())
-        now["weights"] = digest(checkpoint["state_dict"])  # older results lack it
-        return {key: result for key, result in results.items() if {**now, **result} == {**result, **now}}
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise InputError(f"{path} is damaged: move it away") from error
+    results, now = read_json(path), {"checkpoint": file.name, "epoch": epoch - 1 if isinstance(epoch, int) else None}
+    if not all(isinstance(result, dict) for result in results.values()):
+        raise InputError(f"{path} is damaged: move it away")
+    now |= {"weights": digest(checkpoint["state_dict"])} if results else {}  # older results lack it
+    return {key: result for key, result in results.items() if {**now, **result} == {**result, **now}}
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -301,14 +297,9 @@ def check_twin(model: nn.Module, twin: AdaptiveResNet) -> None:
             continue
         name, other = theirs[ours]
         for setting in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps"):
-            wanted, found = (pair(getattr(each, setting, None)) for each in (module, other))
+            wanted, found = (getattr(each, setting, None) for each in (module, other))
             if wanted != found:
                 raise ValueError(f"{name} does not fit: its {setting} is {found} instead of {wanted}")
-
-
-def pair(value: Any) -> Any:
-    """A setting of a layer, a number for both sides as the two of them."""
-    return (value, value) if isinstance(value, int) else value
 
 
 @torch.no_grad()

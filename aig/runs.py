@@ -31,7 +31,7 @@ import filelock
 import numpy as np
 import torch
 
-from aig.checkpoint import BEST, CHECKPOINT, TEST, load_checkpoint
+from aig.checkpoint import BEST, CHECKPOINT, TEST, load_checkpoint, read_json
 from aig.console import InputError, Interrupted, Signals, TrainingError, command, log
 from aig.distributed import ALONE, World
 from aig.environment import without_empty_folders
@@ -90,17 +90,6 @@ def write_json(path: Path, value: Any) -> None:
     """Writes the value atomically as indented strict JSON."""
     with atomic_write(path) as file:
         file.write(json.dumps(nan_to_none(value), indent=1, allow_nan=False).encode() + b"\n")
-
-
-def read_json(path: Path) -> dict:
-    """The object in a JSON file, {} if there is no file. Raises InputError if it holds something else."""
-    try:
-        value = json.loads(path.read_text()) if path.exists() else {}
-    except (OSError, ValueError):
-        value = None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged: move it away")
-    return value
 
 
 def read_records(folder: Path) -> list[dict]:

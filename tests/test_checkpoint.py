@@ -136,8 +136,8 @@ def spoilt_files():
     for stage in (7, 10**9, "9" * 5000):  # which must not take long either
         yield {"state_dict": {**state, f"layer{stage}.0.conv1.weight": torch.ones(1)}}, "no ConvNet-AIG"
     yield {"state_dict": {**state, "layer1.0.more": torch.ones(1)}}, "1 left over"
-    yield {"state_dict": {**state, "linear.weight": torch.zeros(4, 5)}}, "1 of another shape"
-    yield {"state_dict": {**state, "conv1.weight": state["conv1.weight"].long()}}, "1 of another type"
+    yield {"state_dict": {**state, "linear.weight": torch.zeros(4, 5)}}, "1 of another shape or type"
+    yield {"state_dict": {**state, "conv1.weight": state["conv1.weight"].long()}}, "1 of another shape or type"
     yield {"state_dict": {**state, "conv1.weight": torch.tensor(1.0)}}, "no ConvNet-AIG"
     yield {"state_dict": {**state, "layer1.7.conv1.weight": torch.ones(1)}}, "file"
     yield {"state_dict": state, "args": {"classes": ["one"]}}, "names 1 classes, but its network has 4"

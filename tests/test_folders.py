@@ -365,7 +365,7 @@ def test_damaged_missing_and_foreign_files_are_one_line(folder, tmp_path):
     assert "safetensors" in changed(lambda target: (target / WEIGHTS).write_bytes(b"nothing"))
     assert "safetensors" in changed(lambda target: (target / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9]))
     assert "keys 1 missing (bn1.weight); 1 left over (bn1.w)" in changed(partial(rename, old="bn1.weight", new="bn1.w"))
-    assert "of another shape (bn1.weight" in changed(partial(reshape, name="bn1.weight"))
+    assert "of another shape or type (bn1.weight" in changed(partial(reshape, name="bn1.weight"))
     assert "ConvNet-AIG" in changed(partial(rename, old="linear.weight", new="fc.weight"))
 
 
