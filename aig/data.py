@@ -151,7 +151,7 @@ DATASETS = {
 # ---------------------------------------------------------------------------------------------- class folders
 
 
-def open_split(root: Path, train: bool, tests: Sequence[str], split: float | None, transform: Any = None) -> Any:
+def open_split(root: Path, train: bool, tests: Sequence[str], split: float | None) -> Any:
     """torchvision's ImageFolder of the training or the test images in `root`.
 
     Args:
@@ -164,10 +164,15 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
     if not root.is_dir():
         raise InputError(f"no such folder: {root}")
     if not split:
-        return open_image_folder(find_split(root, ("train",) if train else tests), transform)
+        names = ("train",) if train else tests
+        for name in names:
+            if (root / name).is_dir():
+                return open_image_folder(root / name)
+        how = f"expected one folder per class inside it; if {root} holds the class folders themselves, add --split 0.2"
+        raise InputError(f"no folder {' or '.join(f'{name}/' for name in names)} in {root}: {how}")
     if any((root / name).is_dir() for name in ("train", *tests)):
         raise InputError(f"{root} is split already: leave out --split")
-    found = open_image_folder(root, transform)
+    found = open_image_folder(root)
     labels = np.array(found.targets)
     order, kept = np.random.default_rng(0).permutation(len(labels)), []
     for label in range(len(found.classes)):
@@ -180,22 +185,12 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
     return found
 
 
-def find_split(root: Path, names: Sequence[str]) -> Path:
-    """The first of these folders that exists under root. Raises InputError if none does."""
-    for name in names:
-        if (root / name).is_dir():
-            return root / name
-    wanted = " or ".join(f"{name}/" for name in names)
-    how = f"expected one folder per class inside it; if {root} holds the class folders themselves, add --split 0.2"
-    raise InputError(f"no folder {wanted} in {root}: {how}")
-
-
-def open_image_folder(folder: Path, transform: Any = None) -> Any:
+def open_image_folder(folder: Path) -> Any:
     """torchvision's ImageFolder. Raises InputError if it has no classes, or a class without images."""
     from torchvision import datasets
 
     try:
-        return datasets.ImageFolder(folder, transform, loader=read_image)
+        return datasets.ImageFolder(folder)
     except OSError as error:  # no class folder, a class folder without images, or one that cannot be read
         raise InputError(str(error).split(" Supported extensions")[0].rstrip(".") + f" (in {folder})") from error
 
@@ -210,11 +205,8 @@ def same_classes(train: list[str], other: list[str], where: str) -> None:
 # ---------------------------------------------------------------------------------------------- choosing images
 
 
-def pixel_statistics(source: Source, images: SmallImages) -> Statistics:
-    """The mean and std to normalise with: the data set's own, or those of these images."""
-    if source.statistics:
-        mean, std = source.statistics
-        return list(mean), list(std)
+def pixel_statistics(images: SmallImages) -> Statistics:
+    """The mean and std of images, to normalise with."""
     count, total, squares = 0, 0.0, 0.0
     for chunk in images.images.split(1024):
         pixels = (chunk.permute(0, 3, 1, 2).double() / 255).movedim(1, 0).flatten(1)  # (3, pixels)
@@ -438,7 +430,7 @@ class PhotoLoader(Loader):
     """Batches of photographs in class folders, decoded by worker processes.
 
     Args:
-        source: the images, as `open_split` opens them; None needs no transform, they are cropped here.
+        source: the images, as `open_split` opens them.
         batch_size, seed, device, world: as for `SmallImageLoader`; `augment` tells training from evaluation.
         size: height and width of the images, in pixels.
         workers: number of processes; 0 decodes in this one.
@@ -552,7 +544,7 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
     if tuple(evaluated.images.shape[1:3]) != (source.size, source.size):
         raise ValueError(f"DATASETS says that {choice.dataset} has images of {source.size} pixels")
     same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
-    normalisation = (choice.mean, choice.std) if choice.mean else None
+    normalisation = (choice.mean, choice.std) if choice.mean else source.statistics
     training, train, held_out = not choice.test or choice.needs_training, None, None
     if training or choice.calibrates or normalisation is None:
         train = load(train=True)
@@ -562,7 +554,7 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
             evaluated = evaluated if choice.test else held_out
         if choice.train_size:
             train = train.subset(subset_indices(len(train), choice.train_size, "--train-size"))
-        normalisation = normalisation or pixel_statistics(source, train)
+        normalisation = normalisation or pixel_statistics(train)
     if choice.test_size:
         evaluated = evaluated.subset(subset_indices(len(evaluated), choice.test_size, "--test-size"))
     place = {"device": batching.device, "world": batching.world}

@@ -142,17 +142,6 @@ def save_checkpoint(state: dict, folder: Path) -> None:
             file.write(buffer.getbuffer())
 
 
-def mend_best(folder: Path) -> None:
-    """Writes model_best.pth.tar, which a crash kept `save_checkpoint` from writing after its checkpoint.
-
-    Call it if the checkpoint says that it is the best so far, with the folder locked.
-    """
-    best, checkpoint = folder / BEST, (folder / CHECKPOINT).read_bytes()
-    if not best.exists() or best.read_bytes() != checkpoint:
-        with atomic_write(best) as file:
-            file.write(checkpoint)
-
-
 # ---------------------------------------------------------------------------------------------- folders
 
 
@@ -289,8 +278,9 @@ class Run:
         if any(now.get(key) != self.checkpoint.get(key) for key in ("epoch", "seen")):
             raise InputError(f"another process has just gone on from {self.resumed}: start again")
         if self.resumed.name == CHECKPOINT:
-            if now.get("is_best"):
-                mend_best(self.folder)
+            if now.get("is_best"):  # a crash may have kept `save_checkpoint` from writing it after its checkpoint
+                with atomic_write(self.folder / BEST) as file:
+                    file.write(self.resumed.read_bytes())
             if self.first == now["epoch"]:  # else the records of later epochs stay until there are others
                 write_records(self.folder, self.records)
 
