@@ -122,27 +122,34 @@ def unplaced(value: Any) -> Any:
 
 def card(name: str, config: dict[str, Any], cost: Macs, results: dict[str, dict[str, Any]]) -> str:
     """The model card, in Markdown, with the header that the Hub reads."""
-    licence = json.dumps(config["licence"].lower())  # a string in YAML, too
-    header = ["---", f"library_name: {PROGRAM}", *([f"license: {licence}"] if config["licence"] else [])]
-    header += ["pipeline_tag: image-classification", "tags: [conditional-computation, adaptive-inference-graph]", "---"]
-    parts = [
-        "\n".join(header),
-        f"# {name}",
-        "A ResNet whose every residual block has a small gate that decides, image by image, whether the block runs "
-        "(Veit and Belongie, *Convolutional networks with adaptive inference graphs*, ECCV 2018)."
-        if any(config["architecture"]["gated"])
-        else "A plain ResNet, as a teacher or yardstick for networks with gates.",
-        usage(name),
-        "\n".join(facts(config, cost)),
-        training(config),
-        accuracies(results, config),
-        limits(config),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def usage(name: str) -> str:
+    structure, size, gated = config["architecture"], config["image_size"], sum(config["architecture"]["gated"])
+    what = "A plain ResNet, as a teacher or yardstick for networks with gates."
+    gates, cost_of_gates = "", ""
+    if gated:
+        what = (
+            "A ResNet whose every residual block has a small gate that decides, image by image, whether the block runs "
+            "(Veit and Belongie, *Convolutional networks with adaptive inference graphs*, ECCV 2018)."
+        )
+        many, budgets = isinstance(config["threshold"], Sequence), ", ".join(config["budgets"])
+        threshold = "a threshold for each gate" if many else f"the threshold {config['threshold']:g}"
+        kept = f"; thresholds are kept for the budgets {budgets}" if budgets else ""
+        gates = f"- **Gates**: open where P(open) is above {threshold}{kept}.\n"
+        cost_of_gates = f"; the gates take {sum(cost.gates) / 1e6:.3f} M more"
+    # a string of JSON is one of YAML, too
+    licence = f"license: {json.dumps(config['licence'].lower())}\n" if config["licence"] else ""
+    mean, std = (f"({', '.join(f'{value:.4f}' for value in config[name])})" for name in ("mean", "std"))
+    classes = [html.escape(each) for each in config["classes"][:20]] + ["..."] * (len(config["classes"]) > 20)
     return f"""\
+---
+library_name: {PROGRAM}
+{licence}pipeline_tag: image-classification
+tags: [conditional-computation, adaptive-inference-graph]
+---
+
+# {name}
+
+{what}
+
 ```python
 import aig
 from PIL import Image
@@ -150,56 +157,32 @@ from PIL import Image
 net = aig.load("{name}")  # this folder
 logits, gates = net(net.preprocess(Image.open("image.jpg"))[None])
 print(net.classes[logits.argmax()], [int(z) for z in gates])  # gates: 1 for each block that ran
-```"""
+```
 
+- **Network**: {structure["network"]} of {sum(structure["stages"])} {structure["block"]}s \
+({" + ".join(map(str, structure["stages"]))} by stage), {gated or "none"} of them with a gate; \
+{structure["parameters"]:,} parameters.
+- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs{cost_of_gates}.
+- **Input**: RGB, {size} x {size} pixels, scaled to [0, 1], mean {mean}, std {std}.
+{gates}- **Classes** ({len(config["classes"])}): {", ".join(classes)}.
+- **Licence**: {html.escape(config["licence"]) or "not stated"}.
 
-def facts(config: dict[str, Any], cost: Macs) -> list[str]:
-    """What the network is, as a list."""
-    structure, size = config["architecture"], config["image_size"]
-    stages, gated = structure["stages"], sum(structure["gated"])
-    many = isinstance(config["threshold"], Sequence)
-    threshold = "a threshold for each gate" if many else f"the threshold {config['threshold']:g}"
-    budgets = ", ".join(config["budgets"])
-    with_gates = f"; the gates take {sum(cost.gates) / 1e6:.3f} M more" if gated else ""
-    classes = [html.escape(name) for name in config["classes"][:20]]
-    lines = [
-        f"- **Network**: {structure['network']} of {sum(stages)} {structure['block']}s ({' + '.join(map(str, stages))} "
-        f"by stage), {gated or 'none'} of them with a gate; {structure['parameters']:,} parameters.",
-        f"- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs{with_gates}.",
-        f"- **Input**: RGB, {size} x {size} pixels, scaled to [0, 1], mean {rounded(config['mean'])}, "
-        f"std {rounded(config['std'])}.",
-        f"- **Classes** ({len(config['classes'])}): {', '.join(classes)}"
-        f"{', ...' if len(config['classes']) > 20 else ''}.",
-        f"- **Licence**: {html.escape(config['licence']) or 'not stated'}.",
-    ]
-    if gated:
-        lines.insert(3, f"- **Gates**: open where P(open) is above {threshold}"
-                        f"{f'; thresholds are kept for the budgets {budgets}' if budgets else ''}.")
-    return lines
+{training(config)}{accuracies(results, config)}
 
-
-def rounded(values: Sequence[float]) -> str:
-    return "(" + ", ".join(f"{value:.4f}" for value in values) + ")"
+{limits(config["flags"])}
+"""
 
 
 def training(config: dict[str, Any]) -> str:
-    """How it was trained, and how to do so again."""
-    environment, flags = config["training"], config["flags"]
-    commands = environment.get("commands", [])
-    lines = ["## Training"]
-    if commands:
-        lines += ["", *(f"    {'' if line.startswith('python') else 'python '}{line}" for line in commands)]
-    elif flags:
-        known = {name: value for name, value in flags.items() if value not in (None, "", [])}
-        lines += ["", "With these flags: " + ", ".join(f"{name} {value}" for name, value in known.items()) + "."]
-    else:
+    """How it was trained, and how to do so again; nothing without the run's commands."""
+    environment = config["training"]
+    if not environment.get("commands"):
         return ""
-    if "epochs_done" in config:
-        lines += ["", f"The weights are those after epoch {config['epochs_done']}."]
-    if environment:
-        versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
-        lines += ["", f"On {environment.get('hardware', 'unknown hardware')}; {versions}."]
-    return "\n".join(lines)
+    commands = [f"    {'' if line.startswith('python') else 'python '}{line}" for line in environment["commands"]]
+    weights = [f"The weights are those after epoch {config['epochs_done']}.", ""] if "epochs_done" in config else []
+    versions = ", ".join(f"{name} {version}" for name, version in environment.get("versions", {}).items())
+    machine = f"On {environment.get('hardware', 'unknown hardware')}; {versions}."
+    return "\n".join(["## Training", "", *commands, "", *weights, machine, "", ""])
 
 
 def accuracies(results: dict[str, dict[str, Any]], config: dict[str, Any]) -> str:
@@ -235,9 +218,8 @@ def accuracies(results: dict[str, dict[str, Any]], config: dict[str, Any]) -> st
     ])
 
 
-def limits(config: dict[str, Any]) -> str:
+def limits(flags: dict[str, Any]) -> str:
     """What it is not for."""
-    flags = config["flags"]
     lines = [
         "## Limits", "",
         "- It puts every picture into one of its classes, and its confidence is not calibrated.",
