@@ -225,9 +225,9 @@ def hold_out(images: SmallImages, count: int) -> tuple[SmallImages, SmallImages]
     return images.subset(order[count:]), images.subset(order[:count])
 
 
-def subset_indices(size: int, count: int, flag: str) -> Tensor:
-    """Indices of `count` of `size` images, always the same ones. Raises InputError if there are not so many."""
-    if count > size:
+def subset_indices(size: int, count: int, flag: str = "") -> Tensor:
+    """Indices of `count` of `size` images, always the same ones. Raises InputError if a flag asks for too many."""
+    if flag and count > size:
         raise InputError(f"{flag} {count}: there are only {size} images")
     return torch.randperm(size, generator=torch.Generator().manual_seed(1))[:count]
 
@@ -557,43 +557,40 @@ def small_loaders(choice: Choice, batching: Batching) -> Loaders:
         normalisation = normalisation or pixel_statistics(train)
     if choice.test_size:
         evaluated = evaluated.subset(subset_indices(len(evaluated), choice.test_size, "--test-size"))
-    place = {"device": batching.device, "world": batching.world}
-    val = SmallImageLoader(evaluated, batching.batch_size, normalisation, **place)
+    how = {name: value for name, value in vars(batching).items() if name != "workers"}
+    loader = partial(SmallImageLoader, normalisation=normalisation, **how)
     calibration = None
     if choice.calibrates:
         some = held_out or train
-        some = some.subset(subset_indices(len(some), min(CALIBRATION, len(some)), ""))
-        calibration = SmallImageLoader(some, batching.batch_size, normalisation, **place)
-    if not training:
-        return Loaders(None, val, normalisation, calibration)
+        calibration = loader(some.subset(subset_indices(len(some), CALIBRATION)))
     if not choice.val_size and not choice.test:
         say("the validation set is the test set, as in the original: choose models honestly with --val-size")
-    how = {"augment": source.augment, "seed": batching.seed, **place}
-    return Loaders(SmallImageLoader(train, batching.batch_size, normalisation, **how), val, normalisation, calibration)
+    return Loaders(
+        loader(train, augment=source.augment) if training else None, loader(evaluated), normalisation, calibration
+    )
 
 
 def photo_loaders(choice: Choice, batching: Batching) -> Loaders:
     """`open_loaders` for photographs."""
     if not choice.data:
         raise InputError("name the folder of the images, with train/ and val/ inside: train_img.py IMAGENET_FOLDER")
-    root, how = Path(choice.data), {"size": choice.image_size, **vars(batching)}
-    batch_size = how.pop("batch_size")
+    root, loader = Path(choice.data), partial(PhotoLoader, size=choice.image_size, **vars(batching))
     found = open_split(root, False, ("val",), choice.split)
     if choice.test_size:
         keep_some(found, choice.test_size, "--test-size")
-    val = PhotoLoader(found, batch_size, augment=False, **how)
+    val = loader(found, augment=False)
     same_classes(choice.classes or val.classes, val.classes, str(root))
     train, calibration = None, None
     if not choice.test or choice.needs_training or choice.calibrates:
         found = open_split(root, True, ("val",), choice.split)
-        train = PhotoLoader(found, batch_size, augment=True, **how)
+        train = loader(found, augment=True)
         same_classes(train.classes, val.classes, f"{root}/val")
         if choice.calibrates:
-            keep_some(found, min(CALIBRATION, len(found.samples)), "")
-            calibration = PhotoLoader(found, batch_size, augment=False, **how)
+            keep_some(found, CALIBRATION)
+            calibration = loader(found, augment=False)
     return Loaders(train, val, IMAGENET_STATISTICS, calibration)
 
 
-def keep_some(found: Any, count: int, flag: str) -> None:
-    """Leaves `count` images in an ImageFolder, always the same ones. Raises InputError if there are not so many."""
+def keep_some(found: Any, count: int, flag: str = "") -> None:
+    """Leaves `count` images in an ImageFolder, see `subset_indices`."""
     found.samples = [found.samples[index] for index in subset_indices(len(found.samples), count, flag).tolist()]
