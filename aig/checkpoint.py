@@ -46,10 +46,13 @@ def checkpoint_in(path: str | Path, *names: str) -> Path:
     raise InputError(f"no {' or '.join(names)} in {path}: give a run folder or a checkpoint")
 
 
-def load_checkpoint(path: str | Path) -> dict:
+def load_checkpoint(path: str | Path, bare: bool = False) -> dict:
     """Reads a checkpoint of this program or of the original, onto the CPU, without running code from it.
 
     The weights of a model folder come with what its config.json says, as if they were a checkpoint.
+
+    Args:
+        bare: take a file that holds nothing but weights, too, as those of torchvision and timm do.
 
     Returns:
         Its dict, with the prefixes `module.` and `_orig_mod.` taken off the keys of `state_dict`.
@@ -57,7 +60,9 @@ def load_checkpoint(path: str | Path) -> dict:
     Raises:
         InputError: if the file is missing, damaged, or holds something else.
     """
-    checkpoint = read_model(Path(path)) if Path(path).suffix == Path(WEIGHTS).suffix else load_safely(path)
+    checkpoint = read_model(Path(path), bare) if Path(path).suffix == Path(WEIGHTS).suffix else load_safely(path)
+    if bare and is_state_dict(checkpoint):
+        checkpoint = {"state_dict": checkpoint}
     if not isinstance(checkpoint, dict) or not is_state_dict(checkpoint.get("state_dict")):
         raise InputError(f"{path} holds no state_dict of tensors: not a checkpoint of a ConvNet-AIG")
     checkpoint["state_dict"] = without_prefixes(checkpoint["state_dict"])
@@ -88,22 +93,26 @@ def check_args(args: Any, path: str | Path) -> None:
         raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")
 
 
-def read_model(path: Path) -> dict:
+def read_model(path: Path, bare: bool) -> dict:
     """The weights of a model folder and what its config.json says of them, as a checkpoint. Raises InputError."""
-    config = config_beside(path)
-    if config is None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config = read_json(path.with_name(CONFIG))
+    ours = config.get("library_name") == PROGRAM
+    if not ours and not bare:
         raise InputError(f"{path} has no {CONFIG} of {PROGRAM} beside it: give a folder that aig.save wrote")
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read as safetensors ({error})") from error
+    if not ours:
+        return state
     flags = config.get("flags", {})
     args = {**flags, **config} if isinstance(flags, dict) else None  # the one check for all: `check_args`
     done = config.get("epochs_done")
     epoch = {"epoch": done + 1} if type(done) is int else {}  # a checkpoint holds the next one
-    return {**epoch, "state_dict": read_safetensors(path), "args": args}
-
-
-def config_beside(path: Path) -> dict | None:
-    """What the config.json in the folder of a file says; None if there is none, or another program's."""
-    config = read_json(path.with_name(CONFIG))
-    return config if config.get("library_name") == PROGRAM else None
+    return {**epoch, "state_dict": state, "args": args}
 
 
 def read_json(path: Path) -> dict:
@@ -115,17 +124,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} is damaged: move it away")
     return value
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file. Raises InputError if it cannot be read."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read as safetensors ({error})") from error
 
 
 def load_safely(path: str | Path) -> Any:

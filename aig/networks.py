@@ -27,15 +27,10 @@ from aig.checkpoint import (
     TRAINED,
     WEIGHTS,
     checkpoint_in,
-    config_beside,
-    is_state_dict,
     load_checkpoint,
-    load_safely,
     load_weights,
     read_json,
-    read_safetensors,
     recorded,
-    without_prefixes,
 )
 from aig.console import InputError
 from aig.data import DATASETS, IMAGENET_STATISTICS, Loader
@@ -387,16 +382,8 @@ def read_pretrained(source: str, arch: str | None = None) -> Pretrained:
     """
     if source.partition(":")[0] == TORCHVISION:
         return Pretrained(source, our_names(download(source, arch)))
-    file = checkpoint_in(source, *TRAINED)
-    if file.suffix != Path(WEIGHTS).suffix:
-        found = load_safely(file)
-    else:
-        found = load_checkpoint(file) if config_beside(file) else read_safetensors(file)
-    state = found.get("state_dict", found) if isinstance(found, dict) else found
-    if not is_state_dict(state):
-        raise InputError(f"{source} holds no state_dict of tensors: not a ResNet of ours, torchvision or timm")
-    args = recorded(load_checkpoint(file)) if state is not found else {}
-    return Pretrained(source, our_names(without_prefixes(state)), args)
+    checkpoint = load_checkpoint(checkpoint_in(source, *TRAINED), bare=True)
+    return Pretrained(source, our_names(checkpoint["state_dict"]), recorded(checkpoint))
 
 
 def download(source: str, arch: str | None) -> dict[str, Tensor]:
