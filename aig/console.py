@@ -34,11 +34,7 @@ class TrainingError(Exception):
 
 
 class Interrupted(Exception):
-    """A signal stopped the run; what it had done is saved.
-
-    Attributes:
-        signal: its number.
-    """
+    """A signal stopped the run; what it had done is saved."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(f"{signal.Signals(number).name}: {message}")

@@ -283,18 +283,10 @@ class Boards:
 
 
 class Dashboard:
-    """Shows the windows of a run in one visdom environment.
+    """Shows the windows of a run in one visdom environment, by default of the run's name.
 
     Its messages are those of `Visdom.plotlyplot` and `Visdom.text`. It sends them itself, because visdom's client has
-    no time-out.
-
-    Args:
-        folder: the run folder.
-        server, port: where the visdom server is.
-        env: the environment, by default the name of the run.
-
-    Raises:
-        InputError: if visdom is not installed.
+    no time-out. Raises InputError if visdom is not installed.
     """
 
     def __init__(self, folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> None:

@@ -235,34 +235,21 @@ def subset_indices(size: int, count: int, flag: str = "") -> Tensor:
 # ---------------------------------------------------------------------------------------------- loaders
 
 
-def odd_images(count: int, batch_size: int, world: World) -> int:
-    """Images of the last training batch if they are too few: BatchNorm of a gate needs two in every process."""
-    last = count % batch_size
-    return last if last < 2 * world.size else 0
-
-
 class Loader:
-    """Batches of images of `classes`, of which every process of the `world` gets its shard.
-
-    Attributes:
-        labels: (N,), those of all images, before shuffling.
-        num_images: in an epoch; training leaves `dropped` images out of the last batch, see `odd_images`.
-        size: (H, W) of an image.
-        batch_size: of all processes together.
-        normaliser: turns pixels into the network's input.
-        files: the paths of all images, none where they are not files.
-    """
+    """Batches of `count` images, `batch_size` in all processes together; each of the `world` gets its shard."""
 
     classes: list[str]
-    labels: Tensor
-    files: Sequence[str]
-    size: tuple[int, int]
-    normaliser: Normaliser
+    labels: Tensor  # (N,), those of all images, before shuffling
+    files: Sequence[str]  # the paths of all images, none where they are not files
+    size: tuple[int, int]  # (H, W) of an image
+    normaliser: Normaliser  # turns pixels into the network's input
 
     def __init__(self, count: int, batch_size: int, seed: int, training: bool, world: World) -> None:
         self.batch_size, self.seed, self.training, self.world = batch_size, seed, training, world
-        self.count, self.dropped = count, odd_images(count, batch_size, world) if training else 0
-        self.num_images = count - self.dropped
+        # BatchNorm of a gate needs two images in every process: training leaves out a last batch that is too small
+        last = count % batch_size
+        self.count, self.dropped = count, last if training and last < 2 * world.size else 0
+        self.num_images = count - self.dropped  # in an epoch
 
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
@@ -293,15 +280,12 @@ class Loader:
 class SmallImageLoader(Loader):
     """Batches from a uint8 tensor on the device, without worker processes.
 
+    Whatever is random is drawn for the whole batch, of which each process takes its shard.
+
     Args:
-        source: the images.
-        batch_size: of all processes together.
-        normalisation: mean and std.
         augment: None for evaluation (in order, as they are), or "crop" or "crop+flip": shuffled, with torchvision's
             RandomCrop(size, padding=size // 8), the padding black before normalising, and RandomHorizontalFlip().
         seed: of shuffling and augmentation.
-        device: where the images are kept.
-        world: the processes; whatever is random is drawn for the whole batch, and each takes its shard.
     """
 
     def __init__(
@@ -431,7 +415,7 @@ class PhotoLoader(Loader):
 
     Args:
         source: the images, as `open_split` opens them.
-        batch_size, seed, device, world: as for `SmallImageLoader`; `augment` tells training from evaluation.
+        augment: tells training from evaluation.
         size: height and width of the images, in pixels.
         workers: number of processes; 0 decodes in this one.
 

@@ -141,12 +141,8 @@ def shown(
     try:
         return draw(look(model, cost, path, threshold), cost, model.stages, tested)
     except InputError as error:
-        return f'<p class="note">{html.escape(without_path(error, path))}</p>'
-
-
-def without_path(error: InputError, path: str) -> str:
-    """An error about an uploaded file, without the folder that it was uploaded to."""
-    return str(error).replace(path, Path(path).name)
+        said = str(error).replace(path, Path(path).name)  # the folder that it was uploaded to says nothing
+        return f'<p class="note">{html.escape(said)}</p>'
 
 
 # ---------------------------------------------------------------------------------------------- the page

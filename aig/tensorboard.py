@@ -22,14 +22,7 @@ HEAT_MAPS = ("activations", "modules")  # windows of the dashboard
 
 
 class TensorBoard:
-    """Writes a run's records as events.
-
-    Args:
-        folder: the run folder.
-
-    Raises:
-        InputError: if tensorboard is not installed.
-    """
+    """Writes the records of a run into its folder, as events. Raises InputError if tensorboard is not installed."""
 
     def __init__(self, folder: Path) -> None:
         try:
