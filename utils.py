@@ -519,7 +519,6 @@ def run_training(
         resumed=Path(args.resume) if own else None,
         checkpoint=checkpoint or {},
         first=args.start_epoch,
-        records=earlier_records(args, checkpoint, folder),
         overwrite=args.overwrite,
         save_every=60 * (args.checkpoint_minutes or math.inf),
         world=world,
@@ -603,14 +602,6 @@ def make_state(
     if [state.epoch, state.step] != [-number for number in world.all_max(-state.epoch, -state.step)]:
         raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")
     return state
-
-
-def earlier_records(args: argparse.Namespace, checkpoint: dict | None, folder: Path) -> list[dict]:
-    """The records of the epochs that the checkpoint has done."""
-    if not files.recorded(checkpoint):
-        return []
-    done = min(args.start_epoch, checkpoint["epoch"])
-    return [record for record in runs.read_records(folder) if record["epoch"] < done]
 
 
 def opening_line(folder: Path, loaders: Loaders, model: nn.Module, first: int, last: int) -> str:

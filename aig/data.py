@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from aig import distributed
 from aig.console import InputError, progress_bar, say
@@ -356,13 +356,10 @@ class SeededImages(Dataset):
         self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels, self.transform = np.array([label for _, label in samples]), transform
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | InputError:
-        """The transformed image and its label; an error as a value, because workers mangle what they raise."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """The transformed image and its label. Raises InputError if it cannot be decoded."""
         seed, index = key
-        try:
-            image = read_image(os.fsdecode(self.paths[index]))
-        except InputError as error:
-            return error
+        image = read_image(os.fsdecode(self.paths[index]))
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPU, too
             return self.transform(image), int(self.labels[index])
@@ -386,15 +383,10 @@ class ShuffledKeys:
             yield [(derive_seed(loader.seed, "augment", self.epoch, index), index) for index in shard]
 
 
-def collate(items: list[tuple[Tensor, int] | InputError]) -> tuple[Tensor, Tensor] | InputError:
-    """Stacks images (N, 3, H, W) uint8 and labels (N,), or hands on the first error; N may be 0."""
-    if not items:
-        return torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
-    for item in items:
-        if isinstance(item, InputError):
-            return item
-    images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+def collate(items: list[tuple[Tensor, int]]) -> Sequence[Tensor]:
+    """Stacks images (N, 3, H, W) uint8 and labels (N,); N may be 0."""
+    empty = torch.zeros(0, 3, 0, 0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long)
+    return default_collate(items) if items else empty
 
 
 def default_workers() -> int:
@@ -455,17 +447,15 @@ class PhotoLoader(Loader):
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         self.keys.epoch, self.keys.start = epoch, start
-        for batch in self.loader:
-            if isinstance(batch, InputError):
-                raise batch
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-            yield self.normaliser(images.to(torch.float32, memory_format=torch.channels_last)), labels
+        try:
+            for batch in self.loader:
+                images, labels = (part.to(self.device, non_blocking=True) for part in batch)
+                yield self.normaliser(images.to(torch.float32, memory_format=torch.channels_last)), labels
+        except InputError as error:  # what a worker raises has its whole traceback in the message
+            raise InputError(str(error).rpartition("InputError: ")[2]) from None
 
     def pixels(self, index: int) -> Tensor:
-        item = self.loader.dataset[0, index]
-        if isinstance(item, InputError):
-            raise item
-        return item[0]
+        return self.loader.dataset[0, index][0]
 
 
 # ---------------------------------------------------------------------------------------------- what a run uses

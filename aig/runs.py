@@ -193,7 +193,6 @@ class Run:
     resumed: Path | None = None  # the checkpoint file it continues, if any
     checkpoint: dict = field(default_factory=dict)  # what that held
     first: int = 1  # the first epoch to run
-    records: list[dict] = field(default_factory=list)  # of the epochs done
     overwrite: bool = False  # replace what is in the folder
     save_every: float = math.inf  # seconds between checkpoints within an epoch
     world: World = ALONE
@@ -203,7 +202,11 @@ class Run:
         self.begun = self.resumed is not None  # whether the files in the folder are this run's
         self.has_written = False
         self.saved = time.monotonic()
-        self.commands = [*earlier_commands(self.folder), command()] if self.resumed else [command()]
+        self.commands, self.records = [command()], []  # records: of the epochs done
+        if self.resumed:
+            self.commands = [*earlier_commands(self.folder), command()]
+            done = min(self.first, self.checkpoint["epoch"])
+            self.records = [record for record in read_records(self.folder) if record["epoch"] < done]
 
     def begin(self) -> None:
         """Before the first file of this process: makes way for a new run, and writes args.json."""
