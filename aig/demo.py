@@ -161,15 +161,9 @@ def require_gradio() -> ModuleType:
 
 
 def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
-    """The page of a network.
-
-    Args:
-        name: for the title.
-        tested: what `--test` measured in mode argmax, or {}.
-    """
+    """The page of a network of this name; `tested` is what `--test` measured of it in mode argmax, or {}."""
     gradio, cost, own = require_gradio(), count_macs(model, model.preprocess.size), model.threshold
     many = isinstance(own, list)
-    files = sorted(map(str, EXAMPLES.glob("*.jpg")))
 
     def show(path: str | None, threshold: float, is_own: bool) -> str:
         at = own if is_own else min(max(threshold, STEP), 1 - STEP)
@@ -181,14 +175,14 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
                                visible=model.num_gates > 0)
         is_own = gradio.Checkbox(many, label="the network's own threshold for each gate instead", visible=many)
         with gradio.Row():
-            for side, example in zip(("left", "right"), examples(model), strict=True):
+            for side, known in (("left", "truck"), ("right", "dog")):
+                example = str(EXAMPLES / f"{known}.jpg") if known in model.classes else None
                 with gradio.Column(min_width=320):
                     image = gradio.Image(example, type="filepath", sources=["upload", "clipboard"], height=220,
                                          label=f"{side} image", elem_id=side, elem_classes="picture", buttons=[])
                     image.preprocess = lambda file: file and file.path  # `shown` says if that is no image
                     drawn = gradio.HTML(elem_id=f"{side}-graph")
-                    if files:
-                        gradio.Examples(files, image, label="examples")
+                    gradio.Examples(sorted(map(str, EXAMPLES.glob("*.jpg"))), image, label="examples")
                     hidden = {"show_progress": "hidden", "concurrency_id": "network", "api_visibility": "private"}
                     gradio.on([image.change, slider.change, is_own.change, page.load], show, [image, slider, is_own],
                               drawn, trigger_mode="always_last", **hidden)
@@ -206,12 +200,6 @@ def note(model: AdaptiveResNet, tested: dict[str, Any]) -> str:
     return " ".join(text)
 
 
-def examples(model: AdaptiveResNet) -> list[str | None]:
-    """An image to begin with on either side, if there are some of the network's classes."""
-    known = [str(EXAMPLES / f"{name}.jpg") for name in ("truck", "dog") if name in model.classes]
-    return known if len(known) == 2 and all(map(os.path.exists, known)) else [None, None]
-
-
 def make_parser() -> Parser:
     parser = Parser(prog="python -m aig.demo", description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default=str(RELEASED), metavar="MODEL",
@@ -226,15 +214,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     gradio = require_gradio()
     file = checkpoint_in(fetched(args.model), *TRAINED)
-    where = args.model if file.parent.name not in args.model and "/" in args.model else file.resolve().parent.name
-    model, name = aig.load(file), where if file.name in TRAINED else file.name
+    model, name = aig.load(file), Path(args.model).resolve().name
     page = make_page(model, name, results_of(file, load_checkpoint(file)).get("argmax", {}))
-    allowed = [str(EXAMPLES)] if EXAMPLES.exists() else []
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the internet
     try:
         _, url, _ = page.launch(
             server_name=HOST, server_port=args.port, share=False, inbrowser=args.open, quiet=True,
-            prevent_thread_lock=True, max_file_size=LARGEST, allowed_paths=allowed, css=CSS,
+            prevent_thread_lock=True, max_file_size=LARGEST, allowed_paths=[str(EXAMPLES)], css=CSS,
             theme=gradio.themes.Default(**fonts), ssr_mode=False, footer_links=[],
         )
     except OSError as error:
