@@ -128,16 +128,14 @@ def read_json(path: Path) -> dict:
 
 def load_safely(path: str | Path) -> Any:
     """What `torch.save` wrote into a file, on the CPU, without running code from it. Raises InputError."""
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint at {path}")
     try:
-        if not Path(path).is_file():
-            raise InputError(f"no checkpoint at {path}")
         if zipfile.is_zipfile(path):
             check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
     except Exception as error:  # a damaged file can raise anything, and its code is never run
         reason = str(error).strip().split("\n")[0][:120]
         raise InputError(f"{path} cannot be read as a checkpoint; damaged or a foreign file ({reason})") from error

@@ -257,11 +257,8 @@ class Run:
         """Where the last good checkpoint is, and what it holds."""
         path = self.folder / CHECKPOINT
         if not self.begun or not path.exists():
-            return "nothing was saved yet" if not self.begun else f"{path} is gone"
-        try:
-            state = load_checkpoint(path)
-        except InputError as error:
-            return f"its checkpoint cannot be read ({error})"
+            return "nothing was saved yet"
+        state = load_checkpoint(path)
         where = f"epoch {state['epoch']}, step {state['step']}" if state.get("step") else f"epoch {state['epoch'] - 1}"
         return f"the last good checkpoint, after {where}, is {path}"
 
