@@ -278,9 +278,11 @@ class Run:
         if any(now.get(key) != self.checkpoint.get(key) for key in ("epoch", "seen")):
             raise InputError(f"another process has just gone on from {self.resumed}: start again")
         if self.resumed.name == CHECKPOINT:
-            if now.get("is_best"):  # a crash may have kept `save_checkpoint` from writing it after its checkpoint
-                with atomic_write(self.folder / BEST) as file:
-                    file.write(self.resumed.read_bytes())
+            best, content = self.folder / BEST, self.resumed.read_bytes()
+            # a crash may have kept `save_checkpoint` from writing the best model after its checkpoint
+            if now.get("is_best") and not (best.exists() and best.read_bytes() == content):
+                with atomic_write(best) as file:
+                    file.write(content)
             if self.first == now["epoch"]:  # else the records of later epochs stay until there are others
                 write_records(self.folder, self.records)
 
