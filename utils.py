@@ -531,7 +531,7 @@ def run_training(
             say(f"epoch {recipe.last} is done already; ask for more with --epochs")
             return
         if args.visdom and world.is_main:
-            boards.append(dashboard.Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env))
+            boards.append(dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env))
         say(opening_line(folder, loaders, model, args.start_epoch, recipe.last))
         if recipe.fine_tunes and not checkpoint:
             say(before_training(loaders, model, recipe))

@@ -286,10 +286,16 @@ class Dashboard:
     """Shows the windows of a run in one visdom environment, by default of the run's name.
 
     Its messages are those of `Visdom.plotlyplot` and `Visdom.text`. It sends them itself, because visdom's client has
-    no time-out.
+    no time-out. Raises InputError if visdom is not installed.
     """
 
     def __init__(self, folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> None:
+        if find_spec("visdom") is None:
+            how = "see the README on how to install it, or use python -m aig.dashboard RUN --png FOLDER"
+            raise InputError(f"visdom is not installed: {how}")
+        import requests  # a dependency of visdom
+
+        self.requests = requests
         server = server if "://" in server else f"http://{server}"
         self.folder, self.url = folder.resolve(), f"{server.rstrip('/')}:{port}"
         self.env = (env or self.folder.name).replace("/", "_")  # as the server does
@@ -322,13 +328,8 @@ class Dashboard:
             failures.append(str(error) if isinstance(error, InputError) else repr(error))
 
     def draw(self, records: list[dict]) -> None:
-        """Draws every window. Raises InputError if visdom is not installed, or its server does not take them."""
-        if find_spec("visdom") is None:
-            how = "see the README on how to install it, or use python -m aig.dashboard RUN --png FOLDER"
-            raise InputError(f"visdom is not installed: {how}")
-        from requests import Session  # a dependency of visdom
-
-        with Session() as session:
+        """Draws every window. Raises InputError if the server does not take them."""
+        with self.requests.Session() as session:
             session.trust_env = urlsplit(self.url).hostname not in ("localhost", "127.0.0.1", "::1")  # no proxy to here
             if user := os.environ.get("VISDOM_USERNAME"):  # for a server started with -enable_login
                 password = hashlib.sha256(os.environ.get("VISDOM_PASSWORD", "").encode()).hexdigest()
@@ -341,8 +342,6 @@ class Dashboard:
 
     def post(self, session: Any, endpoint: str, message: dict[str, Any]) -> None:
         """Sends one message. Raises InputError if the server does not take it."""
-        from requests import RequestException
-
         where = f"{self.url}/{endpoint}"
         message = nan_to_none(message)  # one infinity would make the window vanish; None leaves a gap
         try:
@@ -350,11 +349,20 @@ class Dashboard:
             refused = answer.is_redirect or answer.status_code in (400, 401, 403)  # or sent to the login page
             if not refused:
                 answer.raise_for_status()
-        except RequestException as error:
+        except self.requests.RequestException as error:
             kind = type(error).__name__
             raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
         if refused:
             raise InputError(f"{self.url} asks for a login: check VISDOM_USERNAME and VISDOM_PASSWORD")
+
+
+def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | Boards:
+    """The dashboard of a run. If visdom is not installed, it warns and returns one that draws nothing."""
+    try:
+        return Dashboard(folder, server, port, env)
+    except InputError as error:
+        warn(f"--visdom: {error}")
+        return Boards()
 
 
 # ---------------------------------------------------------------------------------------------- matplotlib
