@@ -256,6 +256,8 @@ def gate(model: nn.Module, target_rates: Sequence[float] | None = None, probabil
         gated = build_like(state, target_rates)
     except KeyError as error:
         raise ValueError(f"not a plain ResNet: it has no {error.args[0]}") from error
+    except (IndexError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"not a plain ResNet: {error}") from error
     check_twin(model, gated)
     fresh = {key: value for key, value in gated.state_dict().items() if is_gate(key)}
     try:
@@ -290,9 +292,14 @@ def check_twin(model: nn.Module, twin: AdaptiveResNet) -> None:
             continue
         name, other = theirs[ours]
         for setting in ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "eps"):
-            wanted, found = (getattr(each, setting, None) for each in (module, other))
+            wanted, found = (pair(getattr(each, setting, None)) for each in (module, other))
             if wanted != found:
                 raise ValueError(f"{name} does not fit: its {setting} is {found} instead of {wanted}")
+
+
+def pair(value: Any) -> Any:
+    """A setting of a layer, a number for both sides as the two of them."""
+    return (value, value) if isinstance(value, int) else value
 
 
 @torch.no_grad()
