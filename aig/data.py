@@ -28,6 +28,7 @@ from aig.console import InputError, progress_bar, say
 from aig.distributed import ALONE, World
 from aig.environment import derive_seed, without_empty_folders
 from aig.images import Normaliser, centred, photo_transform, read_image
+from aig.runtime import available_cores
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
 PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
@@ -37,22 +38,12 @@ IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 @dataclass(frozen=True)
 class SmallImages:
-    """A set of small images.
+    """A set of small images. Raises ValueError for images or labels of another shape, type or range."""
 
-    Attributes:
-        images: (N, H, W, 3) uint8.
-        labels: (N,) int64, from 0 to K - 1.
-        classes: the names of the K classes.
-        files: the paths of the N images, none where they are not files.
-
-    Raises:
-        ValueError: for images or labels of another shape, type or range.
-    """
-
-    images: Tensor
-    labels: Tensor
-    classes: list[str]
-    files: Sequence[str] = ()
+    images: Tensor  # (N, H, W, 3) uint8
+    labels: Tensor  # (N,) int64, from 0 to K - 1
+    classes: list[str]  # the names of the K classes
+    files: Sequence[str] = ()  # the paths of the N images, none where they are not files
 
     def __post_init__(self) -> None:
         images, labels = torch.as_tensor(self.images), torch.as_tensor(self.labels)
@@ -391,8 +382,7 @@ def collate(items: list[tuple[Tensor, int]]) -> Sequence[Tensor]:
 
 def default_workers() -> int:
     """This process's share of the cores; torch's number of threads says nothing about them under torchrun."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // distributed.local_size())
+    return max(1, available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def leave_signals_to_the_trainer(worker: int) -> None:

@@ -22,15 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 @dataclass(frozen=True)
 class World:
-    """All the processes, seen from one of them. Its methods are collective: every process has to call them.
+    """All the processes, seen from one of them. Its methods are collective: every process has to call them."""
 
-    Attributes:
-        rank: number of this process, from 0.
-        size: W, the number of processes.
-    """
-
-    rank: int = 0
-    size: int = 1
+    rank: int = 0  # number of this process
+    size: int = 1  # W, the number of processes
 
     @property
     def is_main(self) -> bool:
@@ -113,16 +108,6 @@ def average_batchnorm(model: nn.Module, world: World) -> None:
         statistics = {name: value for name, value in model.named_buffers() if value.is_floating_point()}
         for name, total in world.total(statistics).items():
             statistics[name].copy_(total / world.size)
-
-
-def local_rank() -> int:
-    """The number of this process on its machine, and of its GPU."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_size() -> int:
-    """The number of processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Failures:

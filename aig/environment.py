@@ -55,7 +55,7 @@ def select_device(name: str) -> torch.device:
         return torch.device(name)
     if name != "cuda":
         raise InputError(f"--device {name}: several processes need CUDA or --device cpu")
-    gpu, gpus = distributed.local_rank(), torch.cuda.device_count()
+    gpu, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if gpu >= gpus:
         raise InputError(f"this machine has {gpus} GPUs: use torchrun --nproc-per-node {gpus}")
     torch.cuda.set_device(gpu)
