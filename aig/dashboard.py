@@ -346,14 +346,12 @@ class Dashboard:
         message = nan_to_none(message)  # one infinity would make the window vanish; None leaves a gap
         try:
             answer = session.post(where, json=message, timeout=PATIENCE, allow_redirects=False)
-            refused = answer.is_redirect or answer.status_code in (400, 401, 403)  # or sent to the login page
-            if not refused:
-                answer.raise_for_status()
+            if answer.is_redirect or answer.status_code in (400, 401, 403):  # or sent to the login page
+                raise InputError(f"{self.url} asks for a login: check VISDOM_USERNAME and VISDOM_PASSWORD")
+            answer.raise_for_status()
         except self.requests.RequestException as error:
             kind = type(error).__name__
             raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
-        if refused:
-            raise InputError(f"{self.url} asks for a login: check VISDOM_USERNAME and VISDOM_PASSWORD")
 
 
 def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | Boards:

@@ -49,14 +49,10 @@ TOLERANCE = 1e-4  # of the logits, absolute, or relative to the largest
 
 
 class Graph:
-    """Nodes and constants in the making: the main graph, or a branch of an `If`, which sees what is around it.
-
-    Args:
-        name: what the names of nodes and constants without one of their own begin with.
-    """
+    """Nodes and constants in the making: the main graph, or a branch of an `If`, which sees what is around it."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name = name  # the names of nodes and constants without one of their own begin with it
         self.nodes, self.constants = [], []
 
     def add(self, kind: str, *inputs: Any, out: str | Sequence[str] = "", **attributes: Any) -> str:
@@ -214,19 +210,12 @@ def resizing(graph: Graph, size: int, old: str, new: str, margin: str) -> str:
 
 @dataclass(frozen=True)
 class Form:
-    """What a file takes.
+    """What a file takes."""
 
-    Attributes:
-        batch: 1, or "any".
-        size: height and width of the network's images.
-        preprocess: how they are made of pictures, if that is known.
-        uint8: whether the file does that, and takes pixels.
-    """
-
-    batch: int | str
-    size: tuple[int, int]
-    preprocess: Preprocess | None
-    uint8: bool
+    batch: int | str  # 1, or "any"
+    size: tuple[int, int]  # height and width of the network's images
+    preprocess: Preprocess | None  # how they are made of pictures, if that is known
+    uint8: bool  # whether the file does that, and takes pixels
 
 
 def build(model: AdaptiveResNet, form: Form) -> ModelProto:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def check_health(model: nn.Module, loss: float, epoch: int) -> None:
 
 def warnings_of(
     records: Sequence[dict[str, Any]], opened: Sequence[float], recipe: Any, mode: str, settled: bool = True
-) -> Iterator[str]:
+) -> list[str]:
     """What to say after the newest of the epochs recorded.
 
     Args:
@@ -68,15 +68,14 @@ def warnings_of(
         mode: the gate mode of validation.
         settled: whether the target rates have come down to their values.
     """
-    rates = recipe.target_rates
+    found = []
     if settled:
-        yield from filter(None, [static(opened, rates) if recipe.budget else collapsed(opened, rates)])
-    if not records:
-        return
-    validated = [record["val"] for record in records]
-    labels = 1 - recipe.distillation.weight if recipe.distillation else 1
-    hints = [spoiled(validated) if recipe.fine_tunes else None, exploded(validated, labels)]
-    yield from filter(None, [*hints, all_open(validated, recipe, mode)])
+        found.append((static if recipe.budget else collapsed)(opened, recipe.target_rates))
+    if validated := [record["val"] for record in records]:
+        labels = 1 - recipe.distillation.weight if recipe.distillation else 1
+        found.append(spoiled(validated) if recipe.fine_tunes else None)
+        found += [exploded(validated, labels), all_open(validated, recipe, mode)]
+    return [text for text in found if text]
 
 
 def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:

@@ -16,7 +16,7 @@ import convnet_aig
 import train
 import train_img
 from aig import distributed
-from aig.analysis import figures, measures
+from aig.analysis import figures, measures, parts
 from aig.analysis.__main__ import SUMMARY, main
 from aig.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from aig.console import InputError
@@ -525,9 +525,13 @@ def test_runs_are_told_apart_without_colours():
 
 
 def test_the_contact_sheet_shows_the_cheapest_and_the_dearest():
-    costs = np.array([5, 1, 4, 2, 3, 9, 0, 7] * 3)
-    assert measures.cheapest_and_dearest(costs, 2).tolist() == [6, 14, 13, 21]
-    assert measures.cheapest_and_dearest(costs[:1], 1).tolist() == [0, 0]
+    costs, labels = np.array([5, 1, 4, 2, 3, 9, 0, 7] * 3), np.repeat([0, 1], [20, 4])
+    found = {"macs": costs, "executed": costs, "labels": labels, "classes": np.array(["a", "b"]), "right": costs > 0}
+    pixels = torch.arange(24, dtype=torch.uint8).view(24, 1, 1, 1).expand(24, 8, 8, 3)
+    loader = SmallImageLoader(SmallImages(pixels, torch.tensor(labels), ["a", "b"]), 24, ([0.5] * 3, [0.5] * 3))
+    sheet = parts.extremes({**found, "guesses": np.array(["c"] * 24)}, loader)
+    assert sheet["numbers"].tolist() == sheet["pixels"][..., 0, 0, 0].tolist() == [[6, 14, 5, 13], [22, 20, 23, 21]]
+    assert sheet["wrong"].tolist() == [["c", "c", "", ""], ["c", "", "", ""]]  # an image of no cost is wrong here
 
 
 # ---------------------------------------------------------------------------------------------- bad input

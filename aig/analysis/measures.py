@@ -64,15 +64,6 @@ def inference_graphs(model: AdaptiveResNet, loader: Loader, seed: int) -> Arrays
     }
 
 
-def cheapest_and_dearest(macs: np.ndarray, count: int) -> np.ndarray:
-    """The places in macs (N,) of the `count` least values and then of the most, ascending: (2 count,).
-
-    Equal values stay in their order.
-    """
-    order = np.argsort(macs, kind="stable")
-    return np.concatenate([order[:count], order[-count:]])
-
-
 def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average-linkage clustering of classes by their opening rates (K, L), leaves ordered so that neighbours are alike.
 

@@ -113,9 +113,10 @@ def image_rows(found: Arrays, files: Sequence[str]) -> list[Sequence[Any]]:
 def extremes(found: Arrays, loader: Loader) -> Arrays:
     """The arrays of the contact sheet: of some classes the cheapest and the dearest images, as many of each."""
     classes = np.unique(np.linspace(0, len(found["classes"]) - 1, GALLERY_CLASSES).round().astype(int))
-    members = [np.flatnonzero(found["labels"] == k) for k in classes]
+    order = np.argsort(found["macs"], kind="stable")  # equal ones in the order of the files
+    members = [order[found["labels"][order] == k] for k in classes]
     count = min(GALLERY_IMAGES, max(1, min(map(len, members)) // 2))
-    numbers = np.stack([images[measures.cheapest_and_dearest(found["macs"][images], count)] for images in members])
+    numbers = np.stack([np.concatenate([images[:count], images[-count:]]) for images in members])
     pixels = [loader.pixels(number).permute(1, 2, 0).numpy() for number in numbers.flat]
     return {
         "pixels": np.reshape(pixels, (*numbers.shape, *loader.size, 3)),
