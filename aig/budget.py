@@ -35,9 +35,7 @@ def make_budget(
     """The budget of a training with images of `size` (H, W).
 
     Let r be the rate at which all gates, opening equally often, meet the budget. With `floor`, the floor is r / 2.
-
-    Raises:
-        ValueError: if the network cannot run on so little.
+    Raises ValueError if the network cannot run on so little.
     """
     cost = count_macs(model, size)
     least, most = reach(model, cost)

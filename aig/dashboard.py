@@ -55,10 +55,9 @@ Window = dict[str, Any]
 
 
 def windows(name: str, records: Sequence[dict], run: dict[str, Any], matrix: np.ndarray | None) -> dict[str, Window]:
-    """Every window of a run, by the window's name.
+    """Every window of the run called `name`, by the window's name.
 
     Args:
-        name: the run's name.
         records: one for each epoch, at least one.
         run: the run's args.json.
         matrix: (K, L) opening rates of the newest epoch by class and block, or None if the records hold them.
@@ -126,11 +125,7 @@ def curve(name: str, x: Sequence[float], y: Sequence[float], colour: Colour, das
 
 
 def both_parts(records: Sequence[dict], names: dict[str, str]) -> list[dict[str, Any]]:
-    """Curves of these values of the records, solid for validation and dashed for training.
-
-    Args:
-        names: the key in the records: the name in the legend.
-    """
+    """Curves of values of the records (key: name in the legend), solid for validation and dashed for training."""
     epochs, traces = [record["epoch"] for record in records], []
     for hue, (key, name) in zip(cycle(HUES), names.items(), strict=False):
         for part, word, dash in (("val", "validation", "solid"), ("train", "training", "dash")):

@@ -91,8 +91,7 @@ def pool(graph: Graph, x: str, out: str) -> str:
 def decide(graph: Graph, gate: FoldedGate, pooled: str, threshold: float, place: str) -> str:
     """Whether the gate opens, (N,) bool. Its threshold is a constant under a name of its own, as log-odds.
 
-    Raises:
-        ValueError: if the gate's class does not say of which linear layers it is made.
+    Raises ValueError if the gate's class does not say of which linear layers it is made.
     """
     if "linear_layers" not in vars(type(gate)):
         raise ValueError(f"a {type(gate).__name__} cannot be exported: give it linear_layers (docs/extending.md)")
@@ -353,9 +352,7 @@ def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Draw) -> byt
     """The bytes of `file()`, which builds it of the model as it is, once ONNX Runtime has computed what the model does.
 
     With its own thresholds, and with some at which all gates are open, none is, and each is for about half the images.
-
-    Raises:
-        ValueError: if the two differ.
+    Raises ValueError if the two differ.
     """
     usual, trials = model.threshold, []
     if model.num_gates and model.gate_mode == "argmax":

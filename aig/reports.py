@@ -101,11 +101,7 @@ def spoiled(validated: Sequence[dict[str, Any]]) -> str | None:
 
 
 def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
-    """A warning if gates hardly ever decided otherwise in an epoch, though their targets lie elsewhere.
-
-    Args:
-        rates, target_rates: of each of the L blocks.
-    """
+    """A warning if gates, rates (L,), hardly ever decided otherwise in an epoch, though their targets lie elsewhere."""
     stuck = [
         f"{block} ({'open' if rate > 0.5 else 'closed'}, target {target:g})"
         for block, (rate, target) in enumerate(zip(rates, target_rates, strict=True), start=1)

@@ -142,9 +142,7 @@ def extremes(
 
     Args:
         pixels: (K', 2 n, H, W, 3) uint8, cheapest first.
-        names: (K',).
-        numbers: (K', 2 n), of the images in the table.
-        executed: (K', 2 n), blocks run.
+        names, numbers, executed: of classes (K',), of images in the table and of blocks run (K', 2 n).
         wrong: (K', 2 n), the class it was mistaken for, "" if it was not.
     """
     rows, columns = numbers.shape

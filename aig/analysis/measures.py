@@ -67,8 +67,7 @@ def inference_graphs(model: AdaptiveResNet, loader: Loader, seed: int) -> Arrays
 def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Average-linkage clustering of classes by their opening rates (K, L), leaves ordered so that neighbours are alike.
 
-    Returns:
-        The order of the classes (K,) and scipy's linkage matrix (K - 1, 4).
+    Returns the order of the classes (K,) and scipy's linkage matrix (K - 1, 4).
     """
     if len(rates) < 2:
         return np.arange(len(rates)), np.zeros((0, 4))
@@ -81,10 +80,9 @@ def cluster(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(opened: np.ndarray, labels: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Compares the graphs of all ordered pairs of different images: opened (N, L) -> two arrays (K, K), by classes.
+    """Compares the graphs, opened (N, L), of all ordered pairs of different images.
 
-    Returns:
-        How many gates decide alike, and how many were compared; sums in float64, which are exact.
+    Returns by classes, (K, K), how many gates decide alike and how many were compared: exact sums in float64.
     """
     gates, counts = opened.shape[1], np.bincount(labels, minlength=num_classes).astype(float)
     ones = np.stack([np.bincount(labels, gate, num_classes) for gate in opened.T], axis=1)  # (K, L) images that open it
@@ -146,9 +144,7 @@ def operating_points(
 ) -> list[dict[str, Any]]:
     """Measures the network as `--test` does, once for each (gate mode, threshold); see `evaluation.measure`.
 
-    Returns:
-        For each point mode, threshold (NaN unless one for all gates), error in percent, execution_rate, macs_mean,
-        macs_fraction, macs_paper.
+    Returns for each mode, threshold (NaN unless one for all gates), error in percent, execution_rate and three macs_.
     """
     # the target rates matter only to the loss, which nothing here reports
     rates = [1.0] * len(list(model.blocks()))
@@ -186,13 +182,7 @@ def gradient_sign(model: AdaptiveResNet, normalised: Tensor, labels: Tensor, noi
 
 
 def fgsm(pixels: Tensor, sign: Tensor, epsilon: float) -> Tensor:
-    """x + epsilon sign(grad), within the range of pixels: the fast gradient sign method.
-
-    Args:
-        pixels: (N, 3, H, W) in [0, 255].
-        sign: of the gradient, see `gradient_sign`.
-        epsilon: in units of the whole range.
-    """
+    """x + epsilon sign(grad) of pixels (N, 3, H, W), clipped to [0, 255]; epsilon is a part of that range."""
     return (pixels + 255 * epsilon * sign).clamp(0, 255)
 
 

@@ -103,11 +103,7 @@ def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
 
 
 def open_subject(flags: argparse.Namespace) -> Subject:
-    """The network of a checkpoint with its test images. Raises InputError if either cannot be used.
-
-    Args:
-        flags: for this checkpoint, with its `path` and what is `recorded` in it.
-    """
+    """The network of a checkpoint with its test images, see `flags_for`. Raises InputError if either cannot be used."""
     model, path, own = open_model(flags), flags.path, flags.recorded
     choice = Choice(
         dataset=PHOTOGRAPHS if model.preprocess.photographs else flags.dataset,
@@ -132,8 +128,7 @@ def open_subject(flags: argparse.Namespace) -> Subject:
 def with_others(subject: Subject, compared: Sequence[argparse.Namespace]) -> Iterator[Subject]:
     """The subject and those that it is compared with, one after the other: their images need not be in memory together.
 
-    Raises:
-        InputError: if one is tested on other images.
+    Raises InputError if one is tested on other images.
     """
     yield subject
     names = [subject.name]
