@@ -7,7 +7,7 @@ A budget is a part of the dense network's multiply-accumulates; those of the gat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -88,7 +88,7 @@ def calibrate(model: AdaptiveResNet, loader: Batches, budget: float) -> float | 
 
 def find_thresholds(model: AdaptiveResNet, loader: Batches, budget: float) -> tuple[float | list[float], float]:
     """What `calibrate` returns, and what the images execute with these thresholds."""
-    first = next(iter(batches(loader)), None)
+    first = next(iter(loader), None)
     if first is None:
         raise ValueError("there are no images to choose thresholds on")
     cost = count_macs(model, first[0].shape[2:])
@@ -182,7 +182,7 @@ def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, log_odds: Tensor
     model.threshold = torch.sigmoid(log_odds.cpu().double()).tolist()
     losses, opened, found = [], [], []
     with recorded_scores(model) as scores:
-        for images, labels in progress_bar(batches(loader), "calibrating", len(loader), "batch"):
+        for images, labels in progress_bar(loader, "calibrating", len(loader), "batch"):
             logits, gates = model(images.to(device))
             losses.append(F.cross_entropy(logits, labels.to(device), reduction="none"))
             gated = [z for z, block in zip(gates, model.blocks(), strict=True) if block.gated]
@@ -190,10 +190,6 @@ def attempt(model: AdaptiveResNet, loader: Batches, cost: Macs, log_odds: Tensor
             found.append(torch.stack(scores, dim=1))  # (n, G)
             scores.clear()
     return Trial(log_odds, torch.cat(found), torch.cat(losses).mean().item(), executed(torch.cat(opened), model, cost))
-
-
-def batches(loader: Batches) -> Iterable[tuple[Tensor, Tensor]]:
-    return loader.batches() if isinstance(loader, Loader) else loader
 
 
 @contextmanager

@@ -245,6 +245,9 @@ class Loader:
     def __len__(self) -> int:
         return -(-self.num_images // self.batch_size)
 
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches()
+
     def images_in(self, step: int) -> int:
         """Images in batch `step`, counted from 1, of all processes."""
         return min(self.batch_size, self.num_images - (step - 1) * self.batch_size)

@@ -144,7 +144,8 @@ def operating_points(
 ) -> list[dict[str, Any]]:
     """Measures the network as `--test` does, once for each (gate mode, threshold); see `evaluation.measure`.
 
-    Returns for each mode, threshold (NaN unless one for all gates), error in percent, execution_rate and three macs_.
+    Returns for each mode, threshold (NaN unless one for all gates), error in percent, execution_rate, macs_mean,
+    macs_fraction and macs_paper.
     """
     # the target rates matter only to the loss, which nothing here reports
     rates = [1.0] * len(list(model.blocks()))
