@@ -27,7 +27,7 @@ from convnet_aig import GATE_MODES, AdaptiveResNet, check_thresholds
 
 AUTO = "auto"
 # flags of one call, never taken over from a checkpoint
-PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device", "no_cuda")
+PER_CALL = ("resume", "test", "dense", "overwrite", "start_epoch", "stop_after", "device")
 PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_port", "visdom_env", "tensorboard")
 PER_CALL += ("workers",)
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
@@ -61,9 +61,11 @@ def add_run_flags(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--stop-after", type=positive, metavar="N", help="end after N more epochs, schedule unchanged")
     run.add_argument("--checkpoint-minutes", type=number(float, above=0), metavar="M",
                      help="save in mid-epoch, too, every M minutes")
-    run.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
-                     help="where to compute; auto takes a GPU if there is one")
-    run.add_argument("--no-cuda", action="store_true", help="the same as --device cpu")
+    place = run.add_mutually_exclusive_group()
+    place.add_argument("--no-cuda", action="store_const", const="cpu", dest="device", default=argparse.SUPPRESS,
+                       help="the same as --device cpu")
+    place.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"),
+                       help="where to compute; auto takes a GPU if there is one")
     run.add_argument("--seed", type=number(int, 0), default=1, help="of weights, shuffling, augmentation and noise")
     run.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False,
                      help="only algorithms that repeat exactly; else an error")
@@ -312,13 +314,6 @@ def run_folder(args: argparse.Namespace, checkpoint: dict | None) -> Path:
 # ---------------------------------------------------------------------------------------------- flags to values
 
 
-def select_device(args: argparse.Namespace) -> torch.device:
-    """The device that --device and --no-cuda ask for; of several GPUs the one of this process."""
-    if args.no_cuda and args.device not in ("auto", "cpu"):
-        raise InputError(f"--no-cuda contradicts --device {args.device}")
-    return environment.select_device("cpu" if args.no_cuda else args.device)
-
-
 def named_in(args: argparse.Namespace, kind: type) -> dict[str, Any]:
     """The flags that are called as fields of a dataclass."""
     names = {field.name for field in dataclasses.fields(kind)}
@@ -348,7 +343,7 @@ def load_data(args: argparse.Namespace, checkpoint: dict | None, pretrained: Pre
     recorded = {"classes": own.get("classes")} | {name: {**before, **own}.get(name) for name in ("mean", "std")}
     choice = Choice(**{**named_in(args, Choice), "data": args.data or "", **recorded,
                        "needs_training": args.reestimate_bn, "calibrates": bool(args.test and args.budget)})
-    place = {"device": select_device(args), "world": distributed.world()}
+    place = {"device": environment.select_device(args.device), "world": distributed.world()}
     return open_loaders(choice, Batching(**{**named_in(args, Batching), **place}))
 
 
@@ -363,24 +358,21 @@ def make_recipe(
     derived |= {"target_rates": model.target_rates, "last": last, "fine_tunes": bool(args.pretrained)}
     derived |= {"budget": None, "distillation": None}
     if args.budget and not args.test:
-        weight, device = args.budget_weight, select_device(args)
+        weight, device = args.budget_weight, environment.select_device(args.device)
         try:
             derived["budget"] = make_budget(model, loaders.val.size, args.budget, weight, args.budget_floor, device)
         except ValueError as error:
             raise InputError(f"--budget: {error}") from error
     if args.distill:
-        check_teacher(args, checkpoint)
+        before = files.recorded(checkpoint).get("distill_sha256")
+        if before and networks.fingerprint(args.distill) != before:
+            how = "name that one with --distill"
+            raise InputError(f"{args.distill} is not the teacher that this run began with: {how}")
         taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
         say_if_not_held_out(args, taught)
-        teacher = networks.load_teacher(taught, loaders.val, select_device(args))
+        teacher = networks.load_teacher(taught, loaders.val, environment.select_device(args.device))
         derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature)
     return Recipe(**{**named_in(args, Recipe), **derived})
-
-
-def check_teacher(args: argparse.Namespace, checkpoint: dict | None) -> None:
-    """Raises InputError if a run that goes on would have another teacher than before."""
-    if (before := files.recorded(checkpoint).get("distill_sha256")) and networks.fingerprint(args.distill) != before:
-        raise InputError(f"{args.distill} is not the teacher that this run began with: name that one with --distill")
 
 
 def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe) -> dict[str, Any]:
@@ -406,22 +398,6 @@ def run(
     pretrained: Pretrained | None = None,
 ) -> None:
     """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
-    prepare(args, checkpoint, model, pretrained, loaders.val.classes)
-    if args.test:
-        run_test(args, checkpoint, loaders, model, recipe)
-    else:
-        run_training(args, checkpoint, loaders, model, recipe)
-
-
-def prepare(
-    args: argparse.Namespace,
-    checkpoint: dict | None,
-    model: AdaptiveResNet,
-    pretrained: Pretrained | None = None,
-    classes: Sequence[str] = (),
-) -> None:
-    """Gives the model its weights, device and gate mode. Raises InputError if these do not fit."""
-    device = select_device(args)
     if checkpoint:
         rates = files.recorded(checkpoint).get("block_rates", [0])
         if args.budget and not args.test and min(rates) == 1:
@@ -429,7 +405,8 @@ def prepare(
         files.check_gates(checkpoint, model.target_rates, args.resume)
         files.load_weights(model, checkpoint["state_dict"], args.resume)
     elif pretrained:
-        say(pretrained.load_into(model, classes))
+        say(pretrained.load_into(model, loaders.val.classes))
+    device = environment.select_device(args.device)
     model.to(device, memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
     if args.deterministic:
         environment.make_deterministic()
@@ -440,6 +417,8 @@ def prepare(
     except ValueError as error:
         raise InputError(f"--threshold: {error}") from error
     model.gate_mode, model.threshold = args.gate_mode, args.threshold
+    go_on = run_test if args.test else run_training
+    go_on(args, checkpoint, loaders, model, recipe)
 
 
 def result_key(args: argparse.Namespace) -> str:

@@ -66,7 +66,7 @@ def test_defaults_are_the_originals():
     args = vars(train_img.make_parser().parse_args(["folder"]))
     expected = {"expname": "give_me_a_name", "epochs": 100, "batch_size": 256, "start_epoch": 1, "seed": 1}
     expected |= {"lr": 0.1, "lrfact": 1, "lrdecay": 30, "momentum": 0.9, "weight_decay": 1e-4, "target": 0.7}
-    expected |= {"lossfact": 1, "no_cuda": False, "resume": "", "pretrained": "", "save": "", "test": False}
+    expected |= {"lossfact": 1, "device": "auto", "resume": "", "pretrained": "", "save": "", "test": False}
     expected |= {"visdom": False, "log_interval": 20, "print_freq": 50}
     assert {name: args[name] for name in expected} == expected
 

@@ -131,11 +131,12 @@ def tf32():
         switch.allow_tf32 = value
 
 
-def test_tf32_is_torchs_own_choice_unless_given(tf32):
+def test_tf32_is_torchs_own_choice_unless_given(tf32, monkeypatch):
+    monkeypatch.setattr(utils, "run_training", lambda *run: None)
     default = tf32()
     for flags, expected in ([], default), (["--tf32"], [True] * 2), (["--no-tf32"], [False] * 2):
         args = train.make_parser().parse_args(["--device", "cpu", *flags])
-        utils.prepare(args, None, small_net())
+        utils.run(args, None, None, small_net(), None)
         assert tf32() == expected
 
 
@@ -464,7 +465,7 @@ def test_help_is_quick_grouped_and_complete(script):
         (["--target-warmup", "-1"], "at least 0"),
         (["--warmup", "1" + "0" * 400], "10000000000000000000... is too large"),
         (["--split", "0.2"], "digits has a test set of its own"),
-        (["--no-cuda", "--device", "cuda"], "--no-cuda contradicts --device cuda"),
+        (["--no-cuda", "--device", "cuda"], "--device: not allowed with argument --no-cuda"),
         (["--budget", "0.6", "--target", "0.6"], "--target is about a rate for each gate"),
         (["--budget", "0.6", "--lossfact", "1"], "--lossfact is about a rate for each gate"),
         (["--budget", "1"], "below 1"),
