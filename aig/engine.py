@@ -89,8 +89,8 @@ class Recipe:
     def compile_mode(self, device_type: str, world: World) -> str:
         """Of torch.compile: one that records CUDA graphs, where they hold.
 
-        Each replay writes over the gradients of the one before, which several parts of a batch add up and several
-        processes exchange.
+        Parts of a batch add to gradients that the next replay would write over. Of several processes,
+        DistributedDataParallel cuts the graph up, which nobody has tried.
         """
         graphs = device_type == "cuda" and self.accumulate == 1 and world.size == 1
         return "reduce-overhead" if graphs else "default"

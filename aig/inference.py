@@ -209,7 +209,7 @@ class Accelerated(nn.Module):
             return torch.full((self.num_gates, len(x)), -log_odds(self.threshold), dtype=x.dtype, device=device)
         offsets = [-log_odds(threshold) for threshold in thresholds]
         pinned = torch.tensor(offsets, dtype=x.dtype, pin_memory=device.type == "cuda")  # no wait for the copy
-        return pinned.to(device, non_blocking=True)[:, None].expand(-1, len(x))
+        return pinned.to(device, non_blocking=pinned.is_pinned())[:, None].expand(-1, len(x))
 
     def chunk_size(self, x: Tensor) -> int:
         """How many of the images x go through the network together."""

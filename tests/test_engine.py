@@ -640,7 +640,7 @@ def test_only_batches_of_the_usual_size_go_through_the_compiled_network(monkeypa
     ("device", "processes", "accumulate", "mode"),
     [("cuda", 1, 1, "reduce-overhead"), ("cuda", 2, 1, "default"), ("cuda", 1, 2, "default"), ("cpu", 1, 1, "default")],
 )
-def test_compiling_records_cuda_graphs_where_no_gradient_outlives_the_next_replay(device, processes, accumulate, mode):
+def test_compiling_records_cuda_graphs_in_one_process_that_computes_whole_batches(device, processes, accumulate, mode):
     assert replace(RECIPE, accumulate=accumulate).compile_mode(device, World(0, processes)) == mode
 
 
@@ -676,8 +676,11 @@ def test_a_compiled_network_takes_the_same_steps():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
-def test_on_a_gpu_recorded_graphs_take_the_same_steps():
+def test_on_a_gpu_recorded_graphs_take_the_same_steps(monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), replay(graph))[1])
     (records, state), (compiled_records, compiled_state) = (steps_of(compile, "cuda") for compile in (False, True))
+    assert replays
     for record, compiled_record in zip(records, compiled_records, strict=True):
         assert record == pytest.approx(compiled_record, rel=1e-7)
     torch.testing.assert_close(compiled_state, state, rtol=1e-7, atol=1e-7)
