@@ -256,9 +256,12 @@ class Run:
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, and what it holds."""
         path = self.folder / CHECKPOINT
-        if not self.begun or not path.exists():
+        if not self.begun:
             return "nothing was saved yet"
-        state = load_checkpoint(path)
+        try:
+            state = load_checkpoint(path)
+        except (InputError, OSError) as error:  # the reason of the failure counts, not this one
+            return f"its checkpoint cannot be read ({error})"
         where = f"epoch {state['epoch']}, step {state['step']}" if state.get("step") else f"epoch {state['epoch'] - 1}"
         return f"the last good checkpoint, after {where}, is {path}"
 

@@ -14,7 +14,7 @@ import torch
 import train
 import train_img
 from aig import engine, runs
-from aig.console import InputError
+from aig.console import InputError, TrainingError
 
 TINY = ["--dataset", "digits", "--depth", 8, "--batch-size", 256, "--target", 0.7, "--device", "cpu"]
 
@@ -251,3 +251,16 @@ def test_whoever_waits_for_a_lock_gets_it_next_and_nobody_shares_it(tmp_path):
     for worker in workers:
         worker.join()
     assert (len(most), max(most)) == (60, 1)
+
+
+def test_a_failure_is_told_though_the_checkpoint_cannot_be_read(tmp_path):
+    run = runs.Run(tmp_path, {})
+    run.begun = True
+
+    def fail():
+        with runs.start_run(run):
+            (tmp_path / runs.CHECKPOINT).write_bytes(b"nothing")
+            raise TrainingError("the loss is not finite")
+
+    with pytest.raises(TrainingError, match=r"the loss is not finite; its checkpoint cannot be read \(.*damaged"):
+        fail()
