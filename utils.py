@@ -156,9 +156,7 @@ def parse(
     """The values of all flags, and the checkpoint of --resume.
 
     Flags not given are taken from the checkpoint's own `args`. `architecture` names those that must not differ.
-
-    Raises:
-        InputError: on a bad command line or checkpoint.
+    Raises InputError on a bad command line or checkpoint.
     """
     args, given = parser.parse_args(argv), parser.given(argv)
     if args.resume == AUTO:

@@ -34,8 +34,7 @@ MSDOS_FOLDER = 0x10  # an attribute in a zip file, for which torch.load would re
 def checkpoint_in(path: str | Path, *names: str) -> Path:
     """The path of a checkpoint: itself, or for a folder the first of these files that is in it.
 
-    Raises:
-        InputError: if the folder holds none of them.
+    Raises InputError if the folder holds none of them.
     """
     path = Path(path)
     if not path.is_dir():
@@ -183,8 +182,7 @@ def recorded(checkpoint: dict | None) -> dict[str, Any]:
 def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copies a state_dict into the model; gates of blocks that have none here are left out.
 
-    Raises:
-        InputError: naming keys that are missing, left over, or of another shape or type; the model is unchanged.
+    Raises InputError naming keys that are missing, left over, or of another shape or type; the model is unchanged.
     """
     expected = model.state_dict()
     ungated = tuple(

@@ -69,8 +69,7 @@ class SmallImages:
 def downloading(name: str, root: Path, otherwise: str = "") -> Iterator[None]:
     """Around the download of a data set into `root`: of several processes the first one does it.
 
-    Raises:
-        InputError: if it cannot be had; `otherwise` says what to do then.
+    Raises InputError if it cannot be had; `otherwise` says what to do then.
     """
     try:
         with distributed.world().main_first(), without_empty_folders(root):

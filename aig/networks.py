@@ -108,8 +108,7 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
 def fetched(path: str | Path) -> Path:
     """The path; if nothing is there, and it may be a name on the Hugging Face Hub, where that model was downloaded to.
 
-    Raises:
-        InputError: if it cannot be had.
+    Raises InputError if it cannot be had.
     """
     path = Path(path)
     if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.parts[0] == "runs":
@@ -207,8 +206,7 @@ def rebuild(state: dict[str, Tensor], rates: Sequence[float] | None, source: str
 def build_like(state: dict[str, Tensor], rates: Sequence[float] | None) -> AdaptiveResNet:
     """A new network of the structure of these weights, with these target rates.
 
-    Raises:
-        KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError: if they are not a ResNet's.
+    Raises KeyError, IndexError, ValueError, TypeError, ZeroDivisionError, RuntimeError if they are not a ResNet's.
     """
     num_classes, photographs = len(state["linear.weight"]), state["conv1.weight"].shape[-1] == 7
     places = block_places(state)
@@ -421,9 +419,7 @@ def load_teacher(pretrained: Pretrained, loader: Loader, device: torch.device | 
     """A trained network as a function from a loader's images (n, 3, H, W) to logits (n, K).
 
     It decides as `load` leaves it, reads nothing from the device, and gets the images normalised as its own were.
-
-    Raises:
-        InputError: if it is no ResNet, or knows other classes.
+    Raises InputError if it is no ResNet, or knows other classes.
     """
     source, own = pretrained.source, pretrained.args
     model = rebuild(pretrained.state, own.get("block_rates"), source)

@@ -51,8 +51,7 @@ MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kep
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that replaces `path` only once it is whole and on the disk.
 
-    Raises:
-        TrainingError: if it cannot be written, for lack of space for instance; `path` is then what it was.
+    Raises TrainingError if it cannot be written, for lack of space for instance; `path` is then what it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -95,8 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_records(folder: Path) -> list[dict]:
     """The epoch records of a run folder, [] if it has none; a torn last line (a crash) is left out.
 
-    Raises:
-        InputError: if another line is damaged.
+    Raises InputError if another line is damaged.
     """
     path, records = folder / METRICS, []
     try:
@@ -164,8 +162,7 @@ def make_folder(folder: Path, what: str = "the run folder") -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from training in a run folder; the lock ends with the process, however that ends.
 
-    Raises:
-        InputError: if another process keeps it locked.
+    Raises InputError if another process keeps it locked.
     """
     path = folder / LOCK
     lock = filelock.FileLock(path)
@@ -234,8 +231,7 @@ class Run:
     def save_if_due(self, state: Any) -> None:
         """Saves after a signal, and every `save_every` seconds. Every process must call it.
 
-        Raises:
-            Interrupted: after a signal that any process has received; the state is saved.
+        Raises Interrupted after a signal that any process has received; the state is saved.
         """
         number, due = self.world.all_max(self.signals.received, time.monotonic() - self.saved > self.save_every)
         if number or due:
@@ -268,8 +264,7 @@ class Run:
     def tidy(self) -> None:
         """Brings the files in line with the checkpoint, after a crash.
 
-        Raises:
-            InputError: if another process has trained in the folder since this one looked.
+        Raises InputError if another process has trained in the folder since this one looked.
         """
         for name in RUN_FILES:
             for path in self.folder.glob(f".{name}.*.tmp"):  # what a write that was cut off has left
