@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     gradio = require_gradio()
     file = checkpoint_in(fetched(args.model), *TRAINED)
-    model, name = aig.load(file), Path(args.model).resolve().name
+    model, path = aig.load(file), Path(args.model).resolve()
+    name = path.parent.name if path.name in TRAINED else path.name  # of a run, that of its folder
     page = make_page(model, name, results_of(file, load_checkpoint(file)).get("argmax", {}))
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from the internet
     try:
