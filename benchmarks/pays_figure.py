@@ -130,14 +130,10 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
             bars = np.where(high > low, [error - low, high - error], np.nan)
             axes.errorbar(cost, error, bars, label=name, markersize=4, linewidth=1, elinewidth=0.7, capsize=2,
                           **style, **hollow)
-    line = sorted(static_points({arm: results(folder, arm) for arm in both(STATIC)}))
-    if times is None and line:
+    static = {kind: results(folder, kind) for arm in STATIC for kind in (arm, f"{arm}-taught")}
+    if times is None and (line := sorted(static_points(static))):
         axes.plot(*zip(*line, strict=True), color="0.6", linewidth=0.8, zorder=0, label="the better static nets")
     axes.grid(color="0.9", linewidth=0.5)
-
-
-def both(arms: Sequence[str]) -> list[str]:
-    return [*arms, *(f"{arm}-taught" for arm in arms)]
 
 
 def figure(folder: Path, times: dict[str, dict]) -> Figure:
@@ -148,6 +144,8 @@ def figure(folder: Path, times: dict[str, dict]) -> Figure:
     draw(first, folder, None)
     # the verdict takes error to be linear in the logarithm of the cost
     first.set(xlabel="multiply-accumulates of an image, millions", ylabel="test error, %", xscale="log")
+    first.xaxis.set_major_formatter("{x:g}")  # powers of ten would be hard to read on less than a decade
+    first.xaxis.set_minor_formatter("{x:g}")
     for axes in second:
         draw(axes, folder, times)
         axes.set(xlabel="milliseconds for an image (seed 1),\nfaster of ONNX Runtime and OpenVINO")
