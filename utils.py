@@ -368,7 +368,7 @@ def make_recipe(
             raise InputError(f"{args.distill} is not the teacher that this run began with: {how}")
         taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
         say_if_not_held_out(args, taught)
-        teacher = networks.load_teacher(taught, loaders.val, environment.select_device(args.device))
+        teacher = networks.load_teacher(taught, loaders.val, environment.select_device(args.device), AMP[args.amp])
         derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature)
     return Recipe(**{**named_in(args, Recipe), **derived})
 

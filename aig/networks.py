@@ -415,11 +415,14 @@ def fingerprint(source: str) -> str | None:
     return hashlib.sha256(checkpoint_in(source, *TRAINED).read_bytes()).hexdigest()
 
 
-def load_teacher(pretrained: Pretrained, loader: Loader, device: torch.device | str) -> Callable[[Tensor], Tensor]:
+def load_teacher(
+    pretrained: Pretrained, loader: Loader, device: torch.device | str, dtype: torch.dtype | None = None
+) -> Callable[[Tensor], Tensor]:
     """A trained network as a function from a loader's images (n, 3, H, W) to logits (n, K).
 
     It decides as `load` leaves it, reads nothing from the device, and gets the images normalised as its own were.
-    Raises InputError if it is no ResNet, or knows other classes.
+    With a dtype its convolutions are computed in that one, by autocast. Raises InputError if it is no ResNet, or knows
+    other classes.
     """
     source, own = pretrained.source, pretrained.args
     model = rebuild(pretrained.state, own.get("block_rates"), source)
@@ -429,12 +432,16 @@ def load_teacher(pretrained: Pretrained, loader: Loader, device: torch.device | 
         raise InputError(f"the teacher {source} knows {known} classes, but the images have {len(loader.classes)}")
     if own.get("classes", loader.classes) != loader.classes:
         raise InputError(f"the classes of the teacher {source} are not those of the images")
-    network = accelerate(model.to(device))
-    network.conditional = False  # to skip it would wait for the device
+    network = model.to(device).eval()
+    if dtype is None:
+        network = accelerate(network)
+        network.conditional = False  # to skip it would wait for the device
     theirs = Normaliser(own["mean"], own["std"], device) if "mean" in own else loader.normaliser
     same = torch.equal(theirs.mean, loader.normaliser.mean) and torch.equal(theirs.std, loader.normaliser.std)
 
+    @torch.no_grad()
     def teacher(images: Tensor) -> Tensor:
-        return network(images if same else theirs(loader.normaliser.pixels(images)))[0]
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            return network(images if same else theirs(loader.normaliser.pixels(images)))[0].float()
 
     return teacher

@@ -280,6 +280,23 @@ def test_a_teacher_gives_its_logits_for_images_normalised_as_its_own_were(tmp_pa
         torch.testing.assert_close(other(images), plain(seen)[0], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("net", [plain_net, small_net])
+def test_a_teacher_computes_in_the_precision_of_the_training(net, tmp_path):
+    model, loader, dtypes = net().eval(), small_loader(16), []
+    images, _ = next(loader.batches())
+    path = teacher_file(tmp_path, model)
+    exact, rounded = (networks.load_teacher(path, loader, "cpu", dtype) for dtype in (None, torch.bfloat16))
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: dtypes.append(out.dtype) if isinstance(module, torch.nn.Conv2d) else None)
+    try:
+        logits = rounded(images)
+    finally:
+        handle.remove()
+    assert set(dtypes) == {torch.bfloat16} and logits.dtype == torch.float32 and not logits.requires_grad
+    torch.testing.assert_close(logits, exact(images), rtol=0.05, atol=0.05)
+    assert not torch.equal(logits, exact(images))
+
+
 def test_a_teacher_of_other_classes_is_an_error(tmp_path):
     loader = small_loader(16, classes=3)
     with pytest.raises(InputError, match="knows 4 classes, but the images have 3"):
