@@ -6,7 +6,7 @@ Andreas Veit, Serge Belongie, "Convolutional networks with adaptive inference gr
 https://arxiv.org/abs/1711.11503. The backbones are those of He et al., "Deep residual learning for
 image recognition", CVPR 2016, with the stride of a bottleneck in its 3x3 convolution, as in torchvision.
 
-This module owns the gate, the blocks, the backbones, their constructors and the paper's target rates.
+This module owns the gate, the blocks, the backbones and their constructors.
 """
 
 from __future__ import annotations
@@ -135,14 +135,13 @@ class FoldedGate:
 
 
 class GatedBlock(Gate):
-    """A residual block behind its gate; subclasses build the branch and say in which order its `layers` run.
+    """A residual block behind its gate; subclasses have `build_residual`, which makes the branch, and its `layers`.
 
     Attributes:
+        expansion: of the class, channels of the output for each of `planes`.
         gated: whether there is a gate.
         drop: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity, for blocks without one.
     """
-
-    expansion: int
 
     def __init__(
         self, in_planes: int, planes: int, stride: int = 1, gated: bool = True,
@@ -158,9 +157,6 @@ class GatedBlock(Gate):
         self.drop: nn.Module = nn.Identity()
         if gated:
             self.build_gate(in_planes)
-
-    def build_residual(self, in_planes: int, planes: int, stride: int, groups: int, width: int) -> None:
-        raise NotImplementedError
 
     def layers(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
         """The convolutions of the branch with their BatchNorms, first to last."""
@@ -197,11 +193,7 @@ class GatedBlock(Gate):
         return opened + (soft - soft.detach())  # the bracket is exactly 0
 
     def forward(
-        self,
-        x: Tensor,
-        mode: str = "sample",
-        threshold: float = 0.5,
-        temperature: float = 1,
+        self, x: Tensor, mode: str = "sample", threshold: float = 0.5, temperature: float = 1,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the branch for every image and multiplies it by its gate: the form that has a gradient.
@@ -291,10 +283,8 @@ class AdaptiveResNet(nn.Module):
         stages: the number of blocks in each.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_mode = "argmax"
-        self.threshold: float | Sequence[float] = 0.5
+    gate_mode: str = "argmax"
+    threshold: float | Sequence[float] = 0.5
 
     def build_stages(
         self,
@@ -331,13 +321,6 @@ class AdaptiveResNet(nn.Module):
     @property
     def num_gates(self) -> int:
         return sum(block.gated for block in self.blocks())
-
-    def set_drop_rates(self, rates: Sequence[float]) -> None:
-        """Trains the blocks without gate with stochastic depth: each drops its branch with its rate."""
-        from torchvision.ops import StochasticDepth  # here, because importing torchvision takes seconds
-
-        for block, rate in zip(self.blocks(), rates, strict=True):
-            block.drop = StochasticDepth(rate, "row")
 
     def stem(self, x: Tensor) -> Tensor:
         """What comes before the blocks, (N, 3, H, W) -> (N, C, H', W')."""
@@ -444,10 +427,6 @@ ARCHS: dict[str, tuple] = {
     "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 1, 128),
     "wide_resnet101_2": (Bottleneck, (3, 4, 23, 3), 1, 128),
 }
-PAPER_RATES = {  # sec. 4.2: early, last and downsampling blocks always run
-    "resnet50": "1,1,0.8,1,t,t,t,1,t,t,t,t,t,1,0.7,1",
-    "resnet101": ",".join(["1"] * 8 + ["t"] * 25),
-}
 
 
 def make_resnet(arch: str, num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
@@ -469,32 +448,6 @@ def ResNet101_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | 
 def ResNet152_ImageNet(num_classes: int = 1000, target_rates: Sequence[float] | None = None) -> ResNet_ImageNet:
     """ConvNet-AIG-152, 50 blocks, 60,931,116 parameters with every block gated."""
     return make_resnet("resnet152", num_classes, target_rates)
-
-
-def target_rates_of(schedule: str, arch: str, target: float) -> list[float]:
-    """The target rate of each block of an ImageNet net, first to last.
-
-    Args:
-        schedule: "uniform" (every block at target), "paper" (the paper's own, which it gives for ResNet-50 and
-            ResNet-101), or one rate per block, comma-separated, where `t` stands for the target.
-        arch: a key of ARCHS.
-        target: t.
-
-    Raises:
-        ValueError: if the schedule is unknown, has another length, or leaves [0, 1].
-    """
-    num_blocks = sum(ARCHS[arch][1])
-    if schedule == "uniform":
-        return [target] * num_blocks
-    if schedule == "paper":
-        if arch not in PAPER_RATES:
-            raise ValueError(f"the paper gives no target rates for {arch}: use uniform, or a list of {num_blocks}")
-        schedule = PAPER_RATES[arch]
-    try:
-        rates = [target if rate.strip() == "t" else float(rate) for rate in schedule.split(",")]
-    except ValueError:
-        raise ValueError(f"target rates {schedule!r}: use uniform, paper, or numbers and t, with commas") from None
-    return check_target_rates(rates, num_blocks)
 
 
 def check_target_rates(rates: Sequence[float], num_blocks: int) -> list[float]:

@@ -3,7 +3,8 @@
     python train_img.py --expname NAME IMAGENET_FOLDER
     python train_img.py --test --resume runs/NAME
 
-This script holds values only: the training loop is in `aig.engine`, the flags of both scripts in `utils`.
+This script holds values only, the paper's target rates among them. The training loop is in `aig.engine`, the flags of
+both scripts are in `utils`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ import utils
 from aig.console import InputError, Parser, number, run_command
 from aig.data import default_workers
 from aig.environment import derive_seed
-from convnet_aig import ARCHS, ResNet_ImageNet, make_resnet, target_rates_of
+from convnet_aig import ARCHS, ResNet_ImageNet, check_target_rates, make_resnet
+
+PAPER_RATES: dict[str, list] = {  # sec. 4.2: early, last and downsampling blocks always run; t stands for --target
+    "resnet50": [1, 1, 0.8, 1, "t", "t", "t", 1, "t", "t", "t", "t", "t", 1, 0.7, 1],
+    "resnet101": [1] * 8 + ["t"] * 25,
+}
 
 
 def make_parser() -> Parser:
@@ -47,10 +53,30 @@ def make_parser() -> Parser:
     return parser
 
 
-def block_rates(args: argparse.Namespace) -> list[float]:
-    """The target rate of each block. Raises InputError if the flags give none."""
+def target_rates_of(schedule: str, arch: str, target: float) -> list[float]:
+    """The target rate of each block, first to last.
+
+    Args:
+        schedule: "uniform" (every block at target), "paper" (the paper's own, which it gives for ResNet-50 and
+            ResNet-101), or one rate per block, comma-separated, where `t` stands for the target.
+        arch: a key of ARCHS.
+        target: t.
+
+    Raises:
+        InputError: if the schedule is unknown, has another length, or leaves [0, 1].
+    """
+    num_blocks = sum(ARCHS[arch][1])
+    if schedule == "uniform":
+        return [target] * num_blocks
+    if schedule == "paper" and arch not in PAPER_RATES:
+        raise InputError(f"--target-rates: the paper gives none for {arch}: use uniform, or a list of {num_blocks}")
+    rates = PAPER_RATES[arch] if schedule == "paper" else schedule.split(",")
     try:
-        return target_rates_of(args.target_rates, args.arch, args.target)
+        rates = [target if str(rate).strip() == "t" else float(rate) for rate in rates]
+    except ValueError:
+        raise InputError(f"--target-rates {schedule}: use uniform, paper, or numbers and t, with commas") from None
+    try:
+        return check_target_rates(rates, num_blocks)
     except ValueError as error:
         raise InputError(f"--target-rates: {error}") from error
 
@@ -63,7 +89,7 @@ def make_model(args: argparse.Namespace, num_classes: int, rates: Sequence[float
 
 def main(argv: Sequence[str] | None = None) -> None:
     args, checkpoint = utils.parse(make_parser(), argv, architecture=("arch",))
-    rates = block_rates(args)
+    rates = target_rates_of(args.target_rates, args.arch, args.target)
     pretrained = utils.open_pretrained(args, checkpoint)
     loaders = utils.load_data(args, checkpoint, pretrained)
     model = make_model(args, len(loaders.val.classes), rates)

@@ -486,7 +486,7 @@ def run_training(
     if args.compile:
         environment.try_compiler(next(model.parameters()).device)
     if rates := args.stochastic_depth:
-        model.set_drop_rates(rates if isinstance(rates, list) else [rates] * sum(model.stages))
+        drop_branches(model, rates if isinstance(rates, list) else [rates] * sum(model.stages))
     state = make_state(args, checkpoint, loaders, model, recipe)
     own = files.recorded(checkpoint)
     started = runs.Run(
@@ -551,6 +551,14 @@ def check_training(args: argparse.Namespace, model: AdaptiveResNet, loaders: Loa
     device = next(model.parameters()).device
     if args.sync_bn and size > 1 and device.type != "cuda":
         raise InputError(f"--sync-bn: torch has it for GPUs only, and this is {device.type}")
+
+
+def drop_branches(model: AdaptiveResNet, rates: Sequence[float]) -> None:
+    """Trains the blocks without gate with stochastic depth: each drops its branch with its rate."""
+    from torchvision.ops import StochasticDepth  # here, because importing torchvision takes seconds
+
+    for block, rate in zip(model.blocks(), rates, strict=True):
+        block.drop = StochasticDepth(rate, "row")
 
 
 def make_state(

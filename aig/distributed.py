@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -100,6 +100,25 @@ def wrap(model: nn.Module, world: World, sync_bn: bool, mode: str | None) -> tup
             )
     # one graph for one shape: the smaller batch at the end of an epoch is not worth another
     return network, torch.compile(network, dynamic=False, mode=mode) if mode else network
+
+
+def compile_mode(device_type: str, accumulate: int, world: World) -> str:
+    """Of torch.compile: one that records CUDA graphs, where they hold.
+
+    Parts of a batch add to gradients that the next replay would write over. Of several processes,
+    DistributedDataParallel cuts the graph up, which nobody has tried.
+    """
+    graphs = device_type == "cuda" and accumulate == 1 and world.size == 1
+    return "reduce-overhead" if graphs else "default"
+
+
+def split(network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, parts: int) -> Iterator[list[Tensor]]:
+    """The parts in which a batch is computed to save memory; processes exchange gradients after the last one only."""
+    distributed = isinstance(network, DistributedDataParallel)
+    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), noise.tensor_split(parts, 1), strict=True)
+    for number, piece in enumerate(pieces, start=1):
+        with network.no_sync() if distributed and number < parts else nullcontext():
+            yield list(piece)
 
 
 def average_batchnorm(model: nn.Module, world: World) -> None:

@@ -6,19 +6,17 @@ Source: Veit, Belongie, "Convolutional networks with adaptive inference graphs",
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from aig.console import progress_bar, say
 from aig.data import Loader
-from aig.distributed import World, average_batchnorm, wrap
+from aig.distributed import World, average_batchnorm, compile_mode, split, wrap
 from aig.environment import derive_seed
 from aig.evaluation import evaluate
 from aig.losses import Objective
@@ -86,15 +84,6 @@ class Recipe:
         """What the network computes in, in training and validation: convolutions as `amp` says, gates in float32."""
         return torch.autocast(device_type, AMP[self.amp], enabled=self.amp != "off")
 
-    def compile_mode(self, device_type: str, world: World) -> str:
-        """Of torch.compile: one that records CUDA graphs, where they hold.
-
-        Parts of a batch add to gradients that the next replay would write over. Of several processes,
-        DistributedDataParallel cuts the graph up, which nobody has tried.
-        """
-        graphs = device_type == "cuda" and self.accumulate == 1 and world.size == 1
-        return "reduce-overhead" if graphs else "default"
-
     def objective(self, device: torch.device | str, world: World) -> Objective:
         """What to minimise, on a device, in all processes together."""
         terms = {"budget": self.budget, "distillation": self.distillation}
@@ -118,7 +107,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
     """
     model, optimizer, scaler, world = state.model, state.optimizer, state.scaler, state.world
     device = state.first_bad.device
-    mode = recipe.compile_mode(device.type, world) if recipe.compile else None
+    mode = compile_mode(device.type, recipe.accumulate, world) if recipe.compile else None
     network, compiled = wrap(model, world, recipe.sync_bn, mode)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     objective = recipe.objective(device, world)
@@ -166,26 +155,18 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
 
 def make_optimizer(model: AdaptiveResNet, recipe: Recipe) -> torch.optim.SGD:
     """SGD with momentum, `gate_layers` at learning rate lr * lrfact."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}  # by: scaled by lrfact, without weight decay
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}  # by: scaled by lrfact, without weight decay
     for name, parameter in model.named_parameters():
         layers = set(name.split("."))
+        scaled = not layers.isdisjoint(recipe.gate_layers)
         free = not recipe.gate_decay and not layers.isdisjoint(GATE_LAYERS)
-        groups.setdefault((not layers.isdisjoint(recipe.gate_layers), free), []).append(parameter)
+        factor, decay = float(recipe.lrfact) if scaled else 1.0, 0 if free else recipe.weight_decay
+        new = {"params": [], "lr_factor": factor, "weight_decay": decay}
+        groups.setdefault((scaled, free), new)["params"].append(parameter)
     on_gpu = next(model.parameters()).is_cuda  # where the fp16 scaler would wait for an optimizer that is not fused
-    return torch.optim.SGD(
-        [
-            {
-                "params": groups[scaled, free],
-                "lr_factor": float(recipe.lrfact) if scaled else 1.0,
-                "weight_decay": 0 if free else recipe.weight_decay,
-            }
-            for scaled, free in sorted(groups)
-        ],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.nesterov,
-        fused=on_gpu if recipe.fused is None else recipe.fused,
-    )
+    fused = on_gpu if recipe.fused is None else recipe.fused
+    ordered = [groups[key] for key in sorted(groups)]
+    return torch.optim.SGD(ordered, recipe.lr, recipe.momentum, nesterov=recipe.nesterov, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -200,12 +181,3 @@ def step_noise(model: AdaptiveResNet, images: Tensor, count: int, key: tuple, wo
     """
     torch.manual_seed(derive_seed(*key))
     return draw_noise(model.num_gates, count, images)[:, world.shard(count)]
-
-
-def split(network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, parts: int) -> Iterator[list[Tensor]]:
-    """The parts in which a batch is computed to save memory; processes exchange gradients after the last one only."""
-    distributed = isinstance(network, DistributedDataParallel)
-    pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), noise.tensor_split(parts, 1), strict=True)
-    for number, piece in enumerate(pieces, start=1):
-        with network.no_sync() if distributed and number < parts else nullcontext():
-            yield list(piece)

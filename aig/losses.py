@@ -90,10 +90,7 @@ class Objective:
 
     def of_execution(self, rates: Tensor) -> dict[str, Tensor]:
         """What is recorded of branches executed at these rates, (L,)."""
-        if not self.budget:
-            return {}
-        aim = torch.full_like(rates[0], self.budget.fraction)
-        return {"macs_fraction": self.budget.executed(rates), "macs_budget": aim}
+        return self.budget.recorded(rates) if self.budget else {}
 
     def __call__(
         self,

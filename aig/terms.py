@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,6 +31,10 @@ class Budget:
     def executed(self, rates: Tensor) -> Tensor:
         """M at these rates, (L,) -> 0-d."""
         return self.fixed + rates @ self.branches.to(rates)
+
+    def recorded(self, rates: Tensor) -> dict[str, Tensor]:
+        """What records say of it."""
+        return {"macs_fraction": self.executed(rates), "macs_budget": torch.full_like(rates[0], self.fraction)}
 
     def terms(self, rates: Tensor, warm: float = 1) -> dict[str, Tensor]:
         """The terms of the loss. `warm`, from 0 to 1: how far the floor has come down from 1."""

@@ -24,7 +24,7 @@ from aig.export import Form, build
 from aig.runtime import ENGINES
 from benchmarks.latency import CERTAIN, NETS
 from benchmarks.latency import build as untrained
-from convnet_aig import target_rates_of
+from train_img import target_rates_of
 
 RATES = (0, 0.2, 0.4, 0.6, 0.8, 1)
 

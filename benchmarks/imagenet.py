@@ -25,7 +25,8 @@ from aig.console import number, run_command
 from aig.data import IMAGENET_STATISTICS, PhotoLoader, open_image_folder
 from aig.losses import target_rate_loss
 from benchmarks.timing import where as machine
-from convnet_aig import make_resnet, target_rates_of
+from convnet_aig import make_resnet
+from train_img import target_rates_of
 
 
 def saved_bytes(schedule: str, batch_size: int, size: int) -> int:

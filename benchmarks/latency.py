@@ -32,8 +32,8 @@ from convnet_aig import (
     ResNet50_ImageNet,
     ResNet110_cifar,
     ResNet_cifar,
-    target_rates_of,
 )
+from train_img import target_rates_of
 
 CERTAIN = 1e4  # log-odds that no gate of an untrained net outweighs
 NETS = {  # image size, batch sizes, and the rates of the blocks by the name of the setting

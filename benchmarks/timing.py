@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from aig import distributed
-from aig.engine import Recipe, make_optimizer, set_lr, split, step_noise
+from aig.engine import Recipe, make_optimizer, set_lr, step_noise
 from aig.environment import device_name
 from aig.state import State
 from convnet_aig import AdaptiveResNet
@@ -60,7 +60,7 @@ def training_step(
         The step, and the network that it calls, in DistributedDataParallel for several processes.
     """
     world, device = distributed.world(), images.device
-    mode = mode or recipe.compile_mode(device.type, world)
+    mode = mode or distributed.compile_mode(device.type, recipe.accumulate, world)
     network, forward = distributed.wrap(model, world, recipe.sync_bn, mode if recipe.compile else None)
     layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
     optimizer = make_optimizer(model, recipe)
@@ -74,7 +74,7 @@ def training_step(
         batch = images.contiguous(memory_format=layout)
         noise = step_noise(model, batch, count, (recipe.seed, "noise", 1, 1), world)
         optimizer.zero_grad(set_to_none=True)
-        for x, y, g in split(network, batch, labels, noise, recipe.parts(count, world)):
+        for x, y, g in distributed.split(network, batch, labels, noise, recipe.parts(count, world)):
             with recipe.autocast(device.type):
                 logits, gates = forward(x, temperature=recipe.temperature, noise=g)
             loss, sums = objective(logits, y, gates, count, now.warm, x)

@@ -210,33 +210,6 @@ def test_imagenet_forward_downsamples_to_one_thirty_second():
     assert len(gates) == 4
 
 
-@pytest.mark.parametrize(
-    ("schedule", "arch", "expected"),
-    [
-        ("uniform", "resnet50", [0.4] * 16),
-        ("paper", "resnet50", [1, 1, 0.8, 1, 0.4, 0.4, 0.4, 1, 0.4, 0.4, 0.4, 0.4, 0.4, 1, 0.7, 1]),
-        ("paper", "resnet101", [1] * 8 + [0.4] * 25),
-        ("t, 1," * 7 + "0.5,t", "resnet50", [0.4, 1] * 7 + [0.5, 0.4]),
-    ],
-)
-def test_a_schedule_gives_the_target_rate_of_each_block(schedule, arch, expected):
-    assert convnet_aig.target_rates_of(schedule, arch, 0.4) == expected
-
-
-@pytest.mark.parametrize(
-    ("schedule", "arch", "message"),
-    [
-        ("paper", "resnet152", "the paper gives no target rates for resnet152: use uniform, or a list of 50"),
-        ("t,t", "resnet50", "2 target rates for 16 blocks"),
-        ("often", "resnet50", "use uniform, paper, or numbers and t"),
-        ("2," * 15 + "t", "resnet50", r"2\.0 of block 1"),
-    ],
-)
-def test_a_schedule_that_does_not_fit_is_an_error(schedule, arch, message):
-    with pytest.raises(ValueError, match=message):
-        convnet_aig.target_rates_of(schedule, arch, 0.4)
-
-
 # ---------------------------------------------------------------------------------------------- other widths
 
 
@@ -334,30 +307,6 @@ def test_a_forward_pass_and_its_loss_need_nothing_of_another_device(mode):
         logits, gates = model(images)
         loss, sums = Objective([1, 0.5, 0.5], 2, (1, 2), "cuda")(logits, labels, gates, 4, warm=0.5)
     assert {value.device.type for value in (logits, *gates, loss, *sums.values())} == {"cuda"}
-
-
-# ---------------------------------------------------------------------------------------------- stochastic depth
-
-
-def test_stochastic_depth_drops_branches_at_its_rate_and_only_in_training():
-    torch.manual_seed(0)
-    rate, images = 0.3, 4000
-    model = ResNet_cifar(BasicBlock, (1, 1, 1), 4, [1, 1, 1])
-    block = list(model.blocks())[1]
-    x = torch.rand(images, 16, 4, 4)
-    block.train()
-    usual = block(x)[0].detach()
-    shortcut = block.shortcut(x).detach()
-    residual = block.residual(x).detach()
-    model.set_drop_rates([rate] * sum(model.stages))
-    out, z = block(x)
-    dropped = (out == shortcut.relu()).flatten(1).all(1)
-    assert abs(dropped.float().mean() - rate) < 4 * (rate * (1 - rate) / images) ** 0.5
-    torch.testing.assert_close(out[~dropped], (shortcut + residual / (1 - rate)).relu()[~dropped])
-    assert torch.equal(z, torch.ones(images))
-    block.eval()
-    assert torch.equal(block(x)[0], block(x)[0])
-    assert not torch.equal(usual, out)
 
 
 # ---------------------------------------------------------------------------------------------- the authors' numbers

@@ -13,7 +13,8 @@ import train_img
 import utils
 from aig import budget, console, data, environment, runs
 from aig.networks import read_pretrained
-from convnet_aig import ARCHS, PAPER_RATES, Bottleneck, ResNet_ImageNet, make_resnet, target_rates_of
+from convnet_aig import ARCHS, Bottleneck, ResNet_ImageNet, make_resnet
+from train_img import PAPER_RATES, target_rates_of
 
 DEEP = ["resnet101", "resnet152"]
 
@@ -29,11 +30,38 @@ def test_the_schedules_are_the_papers():
     assert target_rates_of("1, t,0.5" + ",1" * 13, "resnet50", t) == [1, t, 0.5] + [1] * 13
 
 
+@pytest.mark.parametrize(
+    ("schedule", "arch", "expected"),
+    [
+        ("uniform", "resnet50", [0.4] * 16),
+        ("paper", "resnet50", [1, 1, 0.8, 1, 0.4, 0.4, 0.4, 1, 0.4, 0.4, 0.4, 0.4, 0.4, 1, 0.7, 1]),
+        ("paper", "resnet101", [1] * 8 + [0.4] * 25),
+        ("t, 1," * 7 + "0.5,t", "resnet50", [0.4, 1] * 7 + [0.5, 0.4]),
+    ],
+)
+def test_a_schedule_gives_the_target_rate_of_each_block(schedule, arch, expected):
+    assert target_rates_of(schedule, arch, 0.4) == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "arch", "message"),
+    [
+        ("paper", "resnet152", "the paper gives none for resnet152: use uniform, or a list of 50"),
+        ("t,t", "resnet50", "2 target rates for 16 blocks"),
+        ("often", "resnet50", "use uniform, paper, or numbers and t"),
+        ("2," * 15 + "t", "resnet50", r"2\.0 of block 1"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_an_error(schedule, arch, message):
+    with pytest.raises(console.InputError, match=message):
+        target_rates_of(schedule, arch, 0.4)
+
+
 @pytest.mark.parametrize("arch", [arch for arch in ARCHS if hasattr(torchvision.models, arch)])
 @pytest.mark.parametrize("schedule", ["uniform", "paper"])
 def test_parameters_are_the_plain_resnet_and_the_gates_of_gated_blocks(arch, schedule):
     if schedule == "paper" and arch not in PAPER_RATES:
-        with pytest.raises(ValueError, match=f"no target rates for {arch}"):
+        with pytest.raises(console.InputError, match=f"gives none for {arch}"):
             target_rates_of(schedule, arch, 0.5)
         return
     rates = target_rates_of(schedule, arch, 0.5)
@@ -52,7 +80,7 @@ def test_parameters_are_the_plain_resnet_and_the_gates_of_gated_blocks(arch, sch
         ("0.5,0.5", "2 target rates for 16 blocks"),
         (",".join(["1.5"] * 16), "must lie in [0, 1]"),
         ("steep", "uniform, paper, or numbers"),
-        ("paper", "no target rates for resnet152"),
+        ("paper", "the paper gives none for resnet152"),
     ],
 )
 def test_bad_target_rates_get_one_line(run, tmp_path, rates, message):

@@ -20,6 +20,7 @@ import utils
 from aig import runs
 from aig.checkpoint import CHECKPOINT, load_checkpoint
 from aig.console import InputError
+from convnet_aig import BasicBlock, ResNet_cifar
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--target", 0.7, "--device", "cpu"]
@@ -62,7 +63,7 @@ def resume_altered(folder, into, **args):
 def values(script, *argv, classes=10):
     """The recipe of a command line."""
     args = utils.settle(script.make_parser().parse_args([str(value) for value in argv]))
-    rates = () if script is train else (train_img.block_rates(args),)
+    rates = () if script is train else (train_img.target_rates_of(args.target_rates, args.arch, args.target),)
     model = script.make_model(args, classes, *rates)
     topk = (1,) if script is train else (1, 5)
     loaders = SimpleNamespace(val=SimpleNamespace(classes=["name"] * classes, size=(8, 8)))
@@ -556,3 +557,27 @@ def test_bfloat16_learns_the_digits_like_float32(run, tmp_path):
     p = sum(top1.values()) / 2
     assert abs(top1["off"] - top1["bf16"]) < 4 * (2 * p * (1 - p) / 360) ** 0.5
     assert load_checkpoint(tmp_path / "bf16" / CHECKPOINT)["args"]["amp"] == "bf16"
+
+
+# ---------------------------------------------------------------------------------------------- stochastic depth
+
+
+def test_stochastic_depth_drops_branches_at_its_rate_and_only_in_training():
+    torch.manual_seed(0)
+    rate, images = 0.3, 4000
+    model = ResNet_cifar(BasicBlock, (1, 1, 1), 4, [1, 1, 1])
+    block = list(model.blocks())[1]
+    x = torch.rand(images, 16, 4, 4)
+    block.train()
+    usual = block(x)[0].detach()
+    shortcut = block.shortcut(x).detach()
+    residual = block.residual(x).detach()
+    utils.drop_branches(model, [rate] * sum(model.stages))
+    out, z = block(x)
+    dropped = (out == shortcut.relu()).flatten(1).all(1)
+    assert abs(dropped.float().mean() - rate) < 4 * (rate * (1 - rate) / images) ** 0.5
+    torch.testing.assert_close(out[~dropped], (shortcut + residual / (1 - rate)).relu()[~dropped])
+    assert torch.equal(z, torch.ones(images))
+    block.eval()
+    assert torch.equal(block(x)[0], block(x)[0])
+    assert not torch.equal(usual, out)
