@@ -55,7 +55,7 @@ def conv_macs(conv: nn.Conv2d, size: Sequence[int]) -> tuple[int, tuple[int, int
 
 
 class ScaledBranch(torch.autograd.Function):
-    """z F for a branch F (N, C, H, W) in low precision and z (N,), whose gradient is summed up in z's precision."""
+    """z F for a branch F (N, C, H, W) in low precision and z (N,). The gradient of z is summed up in z's precision."""
 
     @staticmethod
     def forward(ctx: Any, residual: Tensor, z: Tensor) -> Tensor:

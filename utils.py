@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 from aig import checkpoint as files
-from aig import dashboard, distributed, environment, evaluation, networks, runs
+from aig import distributed, environment, evaluation, networks, runs
 from aig.budget import find_thresholds, make_budget
-from aig.console import InputError, Parser, experiment_name, number, one_or_several, say
+from aig.console import InputError, Parser, experiment_name, number, one_or_several, say, warn
+from aig.dashboard import Dashboard, add_visdom_flags
 from aig.data import Batching, Choice, Loaders, open_loaders
 from aig.engine import AMP, Recipe, fit, make_optimizer
 from aig.losses import Objective
@@ -70,7 +71,7 @@ def add_run_flags(run: argparse._ArgumentGroup) -> None:
     run.add_argument("--deterministic", action=argparse.BooleanOptionalAction, default=False,
                      help="only algorithms that repeat exactly; else an error")
     run.add_argument("--visdom", action="store_true", help="show the run live on a visdom server")
-    dashboard.add_visdom_flags(run)
+    add_visdom_flags(run)
     run.add_argument("--tensorboard", action="store_true", help="write the records to the run folder for TensorBoard")
     run.add_argument("--print-freq", "-p", type=positive, help="steps between lines, where no terminal shows a bar")
     run.add_argument("--log-interval", type=positive, default=20, help="steps between refreshes of the progress bar")
@@ -332,7 +333,8 @@ def say_if_not_held_out(args: argparse.Namespace, network: Pretrained) -> None:
     for name in ("split", "val_size"):
         if name in network.args and network.args[name] != vars(args).get(name):
             flag = f"--{name.replace('_', '-')}"
-            say(f"warning: {network.source} had another {flag}: it may have been trained on images validated on here")
+            why = "it may have been trained on images that this run validates on"
+            say(f"warning: {network.source} had another {flag}: {why}")
 
 
 def load_data(args: argparse.Namespace, checkpoint: dict | None, pretrained: Pretrained | None = None) -> Loaders:
@@ -362,14 +364,14 @@ def make_recipe(
         except ValueError as error:
             raise InputError(f"--budget: {error}") from error
     if args.distill:
-        before = files.recorded(checkpoint).get("distill_sha256")
-        if before and networks.fingerprint(args.distill) != before:
+        taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
+        weights = networks.digest(taught.state)
+        if files.recorded(checkpoint).get("distill_weights", weights) != weights:
             how = "name that one with --distill"
             raise InputError(f"{args.distill} is not the teacher that this run began with: {how}")
-        taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
         say_if_not_held_out(args, taught)
         teacher = networks.load_teacher(taught, loaders.val, environment.select_device(args.device), AMP[args.amp])
-        derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature)
+        derived["distillation"] = Distillation(teacher, args.distill_weight, args.distill_temperature, weights)
     return Recipe(**{**named_in(args, Recipe), **derived})
 
 
@@ -378,8 +380,8 @@ def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResN
     mean, std = loaders.normalisation
     derived = {"classes": loaders.val.classes, "mean": list(mean), "std": list(std), "stages": model.stages}
     derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
-    if args.distill:
-        derived["distill_sha256"] = networks.fingerprint(args.distill)
+    if recipe.distillation:
+        derived["distill_weights"] = recipe.distillation.digest
     flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
     return {**flags, **derived}
 
@@ -397,10 +399,11 @@ def run(
 ) -> None:
     """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
     if checkpoint:
-        rates = files.recorded(checkpoint).get("block_rates", [0])
+        rates = files.recorded(checkpoint).get("block_rates", model.target_rates)
         if args.budget and not args.test and min(rates) == 1:
             raise InputError(f"--budget: {args.resume} has no gates; start a new run with --pretrained {args.resume}")
-        files.check_gates(checkpoint, model.target_rates, args.resume)
+        if [rate < 1 for rate in rates] != [rate < 1 for rate in model.target_rates]:
+            raise InputError(f"with these target rates other blocks have gates than in {args.resume}: leave them out")
         files.load_weights(model, checkpoint["state_dict"], args.resume)
     elif pretrained:
         say(pretrained.load_into(model, loaders.val.classes))
@@ -508,12 +511,16 @@ def run_training(
             say(f"epoch {recipe.last} is done already; ask for more with --epochs")
             return
         if args.visdom and world.is_main:
-            boards.append(dashboard.connect(folder, args.visdom_server, args.visdom_port, args.visdom_env))
+            try:
+                boards.append(Dashboard(folder, args.visdom_server, args.visdom_port, args.visdom_env))
+            except InputError as error:  # visdom is not installed
+                warn(f"--visdom: {error}")
         say(opening_line(folder, loaders, model, args.start_epoch, recipe.last))
         if recipe.fine_tunes and not checkpoint:
             say(before_training(loaders, model, recipe))
-        fit(state, train, loaders.val, recipe, run, dashboard.Boards(*boards))
-        best = f"best top-1 {state.best:.2f} %" if state.best >= 0 else "target rates are still coming down, the newest"
+        fit(state, train, loaders.val, recipe, run, boards)
+        newest = "the newest model, since target rates or floor have yet to come down"
+        best = f"best top-1 {state.best:.2f} %" if state.best >= 0 else newest
         say(f"{best}: {folder / runs.BEST}")
         if recipe.last < recipe.epochs:
             go_on = f"continue with --resume {folder / runs.CHECKPOINT}"

@@ -10,7 +10,6 @@ import json
 import math
 import warnings
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +213,3 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], source: str | Path)
     if said:
         raise InputError(f"{source} does not fit this network: keys {'; '.join(said)}")
     model.load_state_dict(state, strict=False)
-
-
-def check_gates(checkpoint: dict | None, target_rates: Sequence[float], source: str) -> None:
-    """Raises InputError if other blocks have a gate than in the checkpoint: that would be another network."""
-    rates = recorded(checkpoint).get("block_rates", target_rates)
-    if [rate < 1 for rate in rates] != [rate < 1 for rate in target_rates]:
-        raise InputError(f"with these target rates other blocks have gates than in {source}: leave them out")

@@ -265,18 +265,6 @@ def windows_in(folder: Path, records: Sequence[dict]) -> dict[str, Window]:
 # ---------------------------------------------------------------------------------------------- visdom
 
 
-class Boards:
-    """All that shows a run, if anything does."""
-
-    def __init__(self, *boards: Any) -> None:
-        self.boards = boards
-
-    def update(self, records: list[dict]) -> None:
-        """Tells each of them of the records so far."""
-        for board in self.boards:
-            board.update(records)
-
-
 class Dashboard:
     """Shows the windows of a run in one visdom environment, by default of the run's name.
 
@@ -347,15 +335,6 @@ class Dashboard:
         except self.requests.RequestException as error:
             kind = type(error).__name__
             raise InputError(f"no answer from {self.url} ({kind}): start one with python -m visdom.server") from error
-
-
-def connect(folder: Path, server: str = SERVER, port: int = PORT, env: str = "") -> Dashboard | Boards:
-    """The dashboard of a run. If visdom is not installed, it warns and returns one that draws nothing."""
-    try:
-        return Dashboard(folder, server, port, env)
-    except InputError as error:
-        warn(f"--visdom: {error}")
-        return Boards()
 
 
 # ---------------------------------------------------------------------------------------------- matplotlib
@@ -483,4 +462,4 @@ def draw_images(shown: dict[str, Window], target: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "dashboard")
+    run_command(main, "aig.dashboard")

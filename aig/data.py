@@ -32,6 +32,7 @@ from aig.runtime import available_cores
 
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
 PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
+AUGMENTATIONS = ("crop", "crop+flip")
 CALIBRATION = 2000  # training images to choose thresholds on
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -123,6 +124,10 @@ class Source:
     augment: str  # of training, see `SmallImageLoader`
     statistics: Statistics | None  # to normalise with; None measures the training images
     size: int  # height and width in pixels
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augmentation {self.augment!r}: choose from {', '.join(AUGMENTATIONS)}")
 
 
 DATASETS = {
@@ -273,7 +278,7 @@ class Loader:
 class SmallImageLoader(Loader):
     """Batches from a uint8 tensor on the device, without worker processes.
 
-    Whatever is random is drawn for the whole batch, of which each process takes its shard.
+    Random numbers are drawn for the whole batch; each process takes its shard of them.
 
     Args:
         augment: None for evaluation (in order, as they are), or "crop" or "crop+flip": shuffled, with torchvision's
@@ -494,21 +499,20 @@ class Loaders:
 
 
 def open_loaders(choice: Choice, batching: Batching) -> Loaders:
-    """The loaders of a training or a test. Raises InputError if the images do not fit, or cannot be had."""
+    """The loaders of a training or a test, small images normalised as the checkpoint's were.
+
+    Raises InputError if the images do not fit, or cannot be had.
+    """
     if choice.dataset == PHOTOGRAPHS:
         return photo_loaders(choice, batching)
-    return small_loaders(choice, batching)
-
-
-def small_loaders(choice: Choice, batching: Batching) -> Loaders:
-    """`open_loaders` for small images, normalised as the checkpoint's were."""
     source, root = DATASETS[choice.dataset], Path(choice.data)
     if choice.split and choice.dataset != "folder":
         raise InputError(f"--split is for --dataset folder: {choice.dataset} has a test set of its own")
     load = partial(source.load, root, split=choice.split) if choice.split else partial(source.load, root)
     evaluated = load(train=False)
-    if tuple(evaluated.images.shape[1:3]) != (source.size, source.size):
-        raise ValueError(f"DATASETS says that {choice.dataset} has images of {source.size} pixels")
+    height, width = evaluated.images.shape[1:3]
+    if (height, width) != (source.size, source.size):
+        raise ValueError(f"{choice.dataset} has images of {height} x {width} pixels, but DATASETS says {source.size}")
     same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
     normalisation = (choice.mean, choice.std) if choice.mean else source.statistics
     training, train, held_out = not choice.test or choice.needs_training, None, None

@@ -135,7 +135,7 @@ def shown(
     model: AdaptiveResNet, cost: Macs, tested: dict[str, Any], folders: Sequence[Path], path: str | None,
     threshold: float | Sequence[float],
 ) -> str:
-    """The HTML for an image file, or for none, or for one that is no image. It has to be in one of the folders."""
+    """The HTML for an image file in one of the folders; a note if there is none, or it is no image."""
     if not path or not any(Path(path).resolve().is_relative_to(folder) for folder in folders):
         return '<p class="note">Choose an image.</p>'
     try:
@@ -156,7 +156,7 @@ def require_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise InputError(f'the page needs Gradio ({error}): pip install "convnet-aig[demo]"') from error
+        raise InputError(f'the page needs Gradio ({error}): pip install gradio') from error
     return gradio
 
 

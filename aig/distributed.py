@@ -56,7 +56,7 @@ class World:
         return highest.tolist()
 
     def gather(self, values: Tensor) -> Tensor:
-        """The values (n, ...) of all processes behind each other, where they may differ in n."""
+        """The values (n, ...) of all processes, concatenated; n may differ."""
         if self.size == 1:
             return values
         parts: list[Tensor] = [values] * self.size
@@ -103,10 +103,10 @@ def wrap(model: nn.Module, world: World, sync_bn: bool, mode: str | None) -> tup
 
 
 def compile_mode(device_type: str, accumulate: int, world: World) -> str:
-    """Of torch.compile: one that records CUDA graphs, where they hold.
+    """The mode of torch.compile: where possible, one that records CUDA graphs.
 
-    Parts of a batch add to gradients that the next replay would write over. Of several processes,
-    DistributedDataParallel cuts the graph up, which nobody has tried.
+    They do not go with `accumulate`, since a replay would write over the gradients that the parts add up. With several
+    processes, DistributedDataParallel cuts the graph up; nobody has tried that.
     """
     graphs = device_type == "cuda" and accumulate == 1 and world.size == 1
     return "reduce-overhead" if graphs else "default"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,13 +26,6 @@ from aig.terms import Budget, Distillation
 from convnet_aig import GATE_LAYERS, AdaptiveResNet, draw_noise
 
 AMP = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Now(NamedTuple):
-    """What a step uses."""
-
-    lr: float
-    warm: float | None  # how far target rates have come from 1; None: all the way
 
 
 @dataclass(frozen=True)
@@ -69,8 +62,11 @@ class Recipe:
     print_freq: int = 25  # steps between reports on plain output
     log_interval: int = 20  # the same on a terminal
 
-    def at(self, epoch: int, progress: float) -> Now:
-        """The values of a step at whose end the part `progress` of the epoch is done, in (0, 1]."""
+    def at(self, epoch: int, progress: float) -> tuple[float, float | None]:
+        """What a step uses at whose end the part `progress` of the epoch is done, in (0, 1].
+
+        The learning rate, and how far target rates have come from 1 to their values, None for all the way.
+        """
         done = epoch - 1 + progress
         if self.lr_schedule == "cosine":
             factor = (1 + math.cos(math.pi * done / self.epochs)) / 2
@@ -78,7 +74,7 @@ class Recipe:
             factor = 0.1 ** sum(milestone <= epoch for milestone in self.milestones)
         factor *= min(1, done / self.warmup) if self.warmup else 1
         warm = min(1, done / self.target_warmup) if self.target_warmup else None
-        return Now(self.lr * factor, warm)
+        return self.lr * factor, warm
 
     def autocast(self, device_type: str) -> torch.autocast:
         """What the network computes in, in training and validation: convolutions as `amp` says, gates in float32."""
@@ -94,12 +90,12 @@ class Recipe:
         return min(self.accumulate, max(1, count // (2 * world.size)))
 
 
-def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, board: Any) -> None:
+def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boards: Sequence[Any]) -> None:
     """Trains from `state` to the end of epoch `recipe.last`: a record and a checkpoint an epoch, the best model kept.
 
     Args:
         run: keeps files, see `aig.runs.Run`: add_record, save, save_if_due, records.
-        board: draws, see `aig.dashboard.Dashboard`: update.
+        boards: draw, see `aig.dashboard.Dashboard`: update.
 
     Raises:
         Interrupted: after a signal; the checkpoint then holds the very step.
@@ -116,8 +112,8 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
         with progress_bar(None, f"epoch {epoch}/{recipe.epochs}", len(train), "step", initial=state.step) as bar:
             interval = report_interval(recipe.print_freq, recipe.log_interval, bar, world)
             for step, (images, labels) in enumerate(train.batches(epoch, state.step), start=state.step + 1):
-                now, count = recipe.at(epoch, step / len(train)), train.images_in(step)
-                set_lr(optimizer, now.lr)
+                (lr, warm), count = recipe.at(epoch, step / len(train)), train.images_in(step)
+                set_lr(optimizer, lr)
                 forward = compiled if count == train.batch_size else network
                 images = images.contiguous(memory_format=layout)
                 noise = step_noise(model, images, count, (recipe.seed, "noise", epoch, step), world)
@@ -125,7 +121,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
                 for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
                     with recipe.autocast(device.type):
                         logits, gates = forward(x, temperature=recipe.temperature, noise=g)
-                    loss, sums = objective(logits, y, gates, count, now.warm, x)
+                    loss, sums = objective(logits, y, gates, count, warm, x)
                     scaler.scale(loss).backward()
                     state.add(sums)
                 state.end_step(step, count)
@@ -141,13 +137,14 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
         watch = partial(run.save_if_due, state)
         validated = evaluate(model, val, objective, seed, autocast=recipe.autocast(device.type), each_batch=watch)
         check_health(model, validated["loss"], epoch)
-        lr, seconds = recipe.at(epoch, 1).lr, state.elapsed()
-        record = {"epoch": epoch, "lr": lr, "seconds": seconds, "train": trained, "val": validated}
+        lr, warm = recipe.at(epoch, 1)
+        record = {"epoch": epoch, "lr": lr, "seconds": state.elapsed(), "train": trained, "val": validated}
         run.add_record(record)
-        settled = recipe.at(epoch, 1).warm in (None, 1)
+        settled = warm in (None, 1)
         is_best = state.end_epoch(validated["top1"], settled)
         run.save(state, is_best)
-        board.update(run.records)
+        for board in boards:
+            board.update(run.records)
         say(epoch_line(record, recipe.epochs, recipe.last, model.gate_mode, is_best))
         for warning in warnings_of(run.records, opened.tolist(), recipe, model.gate_mode, settled):
             say(warning)

@@ -84,7 +84,7 @@ def git_commit() -> str | None:
 
 @contextmanager
 def without_empty_folders(folder: Path) -> Iterator[None]:
-    """Removes at the end those of `folder` and its parents that were made inside the block and stayed empty."""
+    """At the end, removes `folder` and those of its parents that the block has made and left empty."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         yield

@@ -83,7 +83,8 @@ def evaluate(
         loss, its terms, top-k accuracies in percent; execution_rate (branches run over all L),
         gates (L rates), classes ({name: mean rate}), executed_blocks (number of images with 0..L branches run),
         gates_by_class (K x L rates, NaN for a class without images). Rates are means of the multiplier z.
-        With `cost` also what `compute` returns: for masked execution, too, the count of the open branches.
+        With `cost` also what `compute` returns. It counts the open branches only, even where the others are computed
+        and masked.
     """
     num_classes, num_blocks = len(loader.classes), len(objective.rates)
     device = next(model.parameters()).device
@@ -146,8 +147,8 @@ def compute(costs: Tensor, labels: Tensor, classes: Sequence[str], cost: inferen
 def reestimate_batchnorm(model: AdaptiveResNet, loader: Loader, seed: int) -> None:
     """Replaces the running statistics of every BatchNorm by those of one epoch in the model's gate mode.
 
-    Training sees sampled gates, so its statistics are not those of "argmax". Means over the batches of a training
-    loader, as `torch.optim.swa_utils.update_bn` takes them, which would sample, too.
+    Training samples the gates, so its statistics are not those of "argmax". These are means over the batches of a
+    training loader, as in `torch.optim.swa_utils.update_bn`, which cannot be used because it would sample.
     """
     norms = [module for module in model.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -278,7 +279,7 @@ def describe(
     ranked = sorted(rates, key=rates.get)
     shown = ranked if len(ranked) <= 20 else [*ranked[:10], *ranked[-10:]]
     lines += ["", f"  open gates by class, fewest first ({len(shown)} of {len(ranked)})"]
-    width = max(map(len, shown))
+    width = max(map(len, shown), default=0)  # none where no rate is finite
     lines += [f"   {name:<{width}} {rates[name]:.3f} {'#' * round(40 * rates[name])}" for name in shown]
     return "\n".join(lines)
 
@@ -293,7 +294,7 @@ def describe_compute(result: dict[str, Any], budget: float | None, masked: bool)
         f"    5 % of the images below {quantile['0.05']}, 50 % below {quantile['0.5']}, 95 % below {quantile['0.95']}; "
         f"least {quantile['0']}, most {quantile['1']}",
         f"    in the paper's convention {result['macs_paper'] / 1e6:.2f}: the dense net's x execution rate "
-        f"(twice that are the paper's CIFAR FLOPs)",
+        f"(its FLOPs on CIFAR are twice that)",
     ]
 
 

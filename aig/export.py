@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +189,9 @@ def from_pixels(graph: Graph, pixels: str, preprocess: Preprocess) -> str:
 
 
 def resizing(graph: Graph, size: int, old: str, new: str, margin: str) -> str:
-    """How much each of `old` pixels along an axis weighs in each of `size` ones, the middle of `new`: (size, old).
+    """The weights (size, old) that resize an axis from `old` to `new` pixels, of which the middle `size` are kept.
 
-    A triangle of total 1 around the centre of the new pixel, wider when shrinking. With n old and m new pixels
+    Each row is a triangle of total 1 around the centre of a new pixel, wider when shrinking. From n to m pixels
     w[i, j] ~ max(0, 1 - |(2j + 1) m - (2i + 1) n| / (2 max(n, m))).
     """
     i = graph.add("Add", [[place] for place in range(size)], margin)
@@ -284,16 +283,7 @@ def export_onnx(
     if path.exists() and not overwrite:
         raise ValueError(f"{path} is there already: overwrite it, or choose another name")
     said = {name: json.dumps(value) for name, value in properties(model, form, licence).items()}
-    network = copy.deepcopy(model).cpu().float().eval()
-
-    def file() -> bytes:
-        proto = build(network, form)
-        helper.set_model_props(proto, said)
-        content = proto.SerializeToString()
-        checker.check_model(content)
-        return content
-
-    content = checked(network, file, partial(draw, form, torch.Generator().manual_seed(0)))
+    content = checked(copy.deepcopy(model).cpu().float().eval(), form, said)
     with atomic_write(path) as target:
         target.write(content)
 
@@ -336,10 +326,9 @@ def properties(model: AdaptiveResNet, form: Form, licence: str) -> dict[str, Any
 
 # ---------------------------------------------------------------------------------------------- the check
 
-Draw = Callable[[], tuple[np.ndarray, Tensor]]  # random images, as the file takes them and as the network does
-
 
 def draw(form: Form, random: torch.Generator) -> tuple[np.ndarray, Tensor]:
+    """Random images, as the file takes them and as the network does."""
     if not form.uint8:
         images = torch.randn(CHECKED, 3, *form.size, generator=random)
         return images.numpy(), images
@@ -348,23 +337,27 @@ def draw(form: Form, random: torch.Generator) -> tuple[np.ndarray, Tensor]:
     return pixels, torch.stack([form.preprocess(Image.fromarray(picture)) for picture in pixels])
 
 
-def checked(model: AdaptiveResNet, file: Callable[[], bytes], draw: Draw) -> bytes:
-    """The bytes of `file()`, which builds it of the model as it is, once ONNX Runtime has computed what the model does.
+def checked(model: AdaptiveResNet, form: Form, said: dict[str, str]) -> bytes:
+    """Builds the file with these properties, compares it with the model in ONNX Runtime, and returns its bytes.
 
-    With its own thresholds, and with some at which all gates are open, none is, and each is for about half the images.
-    Raises ValueError if the two differ.
+    Compared are the model's own thresholds, and others at which all gates are open, none is, and each is for about
+    half the images. Raises ValueError if the two differ.
     """
-    usual, trials = model.threshold, []
+    usual, trials, random = model.threshold, [], torch.Generator().manual_seed(0)
     if model.num_gates and model.gate_mode == "argmax":
-        middle = decisions(model, draw()[1])[2].median(0).values + 100 * CLOSE  # (G,); some gates are constant
+        _, _, scores = decisions(model, draw(form, random)[1])
+        middle = scores.median(0).values + 100 * CLOSE  # (G,); some gates are constant
         middle = middle.clamp(-EXTREME, EXTREME)
         odds = (torch.full_like(middle, -EXTREME), torch.full_like(middle, EXTREME), middle)
         trials = [torch.sigmoid(each.double()).tolist() for each in odds]
     for threshold in [*trials, usual]:
         model.threshold = threshold
-        content = file()
+        proto = build(model, form)
+        helper.set_model_props(proto, said)
+        content = proto.SerializeToString()
+        checker.check_model(content)
         session = Session(content, streams=1)
-        given, logits, gates = clear_images(model, draw)
+        given, logits, gates = clear_images(model, form, random)
         compare(session, given, logits, gates)
         compare(session, given[:1], logits[:1], gates[:1])
     return content
@@ -378,11 +371,11 @@ def decisions(model: AdaptiveResNet, images: Tensor) -> tuple[Tensor, Tensor, Te
     return logits, torch.stack(gates, 1), torch.stack(scores, 1) if scores else logits.new_empty(len(images), 0)
 
 
-def clear_images(model: AdaptiveResNet, draw: Draw) -> tuple[np.ndarray, Tensor, Tensor]:
+def clear_images(model: AdaptiveResNet, form: Form, random: torch.Generator) -> tuple[np.ndarray, Tensor, Tensor]:
     """Images as the file takes them, about which no gate is undecided, with the logits and z that the model has."""
     found = []
     for _ in range(ATTEMPTS):
-        given, images = draw()
+        given, images = draw(form, random)
         logits, gates, scores = decisions(model, images)
         odds = [log_odds(threshold) for threshold in check_thresholds(model.threshold, model.num_gates)]
         clear = ((scores - torch.tensor(odds)[: scores.shape[1]]).abs() >= CLOSE).all(1)
@@ -448,4 +441,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "export")
+    run_command(main, "aig.export")

@@ -34,7 +34,7 @@ def centred(size: int, short_side: int) -> Callable[[Image.Image], Tensor]:
 
 
 def photo_transform(size: int, train: bool) -> Callable[[Image.Image], Tensor]:
-    """The transform of an RGB image to (3, size, size) uint8: the usual ones of ImageNet, for 224 and in proportion."""
+    """The usual transform of ImageNet, scaled from 224 to `size`: an RGB image -> (3, size, size) uint8."""
     from torchvision.transforms import v2
 
     if not train:

@@ -3,7 +3,7 @@
 Source: Veit, Belongie, "Convolutional networks with adaptive inference graphs", ECCV 2018, sec. 3.3.
 
 Each term of the loss has a name. Records, progress bar, tables and dashboard show whatever terms there are, as
-`loss_NAME`. A further term is a line in `Objective.of_images` or `of_rates`, and a name in `Objective.names`.
+`loss_NAME`. A further term is a line in `Objective.of_rates`, or one in `of_images` and a name in `terms` below it.
 
 Shapes: N images, K classes, L blocks.
 """

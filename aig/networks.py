@@ -75,7 +75,7 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
     checkpoint = load_checkpoint(file)
     own = recorded(checkpoint)
     model = rebuild(checkpoint["state_dict"], own.get("block_rates"), file)
-    if own.get("architecture", found := architecture(model)) != found:
+    if "architecture" in own and own["architecture"] != architecture(model):
         raise InputError(f"{file} holds another network than the {CONFIG} beside it describes")
     num_classes = model.linear.out_features
     model.classes = own.get("classes") or [str(index) for index in range(num_classes)]
@@ -96,7 +96,7 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
         known = budgets_of(file, checkpoint)
         if f"{budget:g}" not in known:
             how = f"run --test --budget {budget:g} first"
-            raise InputError(f"no thresholds for this budget of {file} as it is now were found: {how}")
+            raise InputError(f"{file} as it is now has no thresholds for this budget: {how}")
         model.threshold = known[f"{budget:g}"]
         try:
             check_thresholds(model.threshold, model.num_gates)
@@ -116,8 +116,8 @@ def fetched(path: str | Path) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        extra = 'pip install "convnet-aig[hub]"'
-        raise InputError(f"nothing is at {path}; if that is a name on the Hugging Face Hub, {extra}") from None
+        how = "if that is a name on the Hugging Face Hub, pip install huggingface_hub"
+        raise InputError(f"nothing is at {path}; {how}") from None
     try:
         hf_hub_download(str(path), CONFIG)
         with suppress(OSError):  # a model without test results
@@ -141,7 +141,7 @@ def architecture(model: AdaptiveResNet) -> dict[str, Any]:
 
 
 def recorded_threshold(own: dict[str, Any], num_gates: int) -> float | list[float]:
-    """That of mode argmax, 0.5 if it is malformed."""
+    """The threshold of mode argmax that a checkpoint records, 0.5 if it is malformed."""
     threshold = own.get("threshold", 0.5)
     try:
         check_thresholds(threshold, num_gates)
@@ -157,7 +157,10 @@ def results_of(file: Path, checkpoint: dict) -> dict[str, dict[str, Any]]:
     if not all(isinstance(result, dict) for result in results.values()):
         raise InputError(f"{path} is damaged: move it away")
     now |= {"weights": digest(checkpoint["state_dict"])} if results else {}  # older results lack it
-    return {key: result for key, result in results.items() if {**now, **result} == {**result, **now}}
+    return {
+        key: result for key, result in results.items()
+        if all(result.get(name, value) == value for name, value in now.items())
+    }
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -406,13 +409,6 @@ def download(source: str, arch: str | None) -> dict[str, Tensor]:
             return weights[name].get_state_dict(check_hash=True)
     except (OSError, RuntimeError) as error:
         raise InputError(f"{source}: cannot download the weights ({error})") from error
-
-
-def fingerprint(source: str) -> str | None:
-    """The SHA-256 of the file behind `source`; None for torchvision's, which are checked when they are fetched."""
-    if source.partition(":")[0] == TORCHVISION:
-        return None
-    return hashlib.sha256(checkpoint_in(source, *TRAINED).read_bytes()).hexdigest()
 
 
 def load_teacher(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @functools.cache
 def fused_kernels() -> tuple[Callable, Callable] | None:
-    """oneDNN's convolution with a ReLU, and the one that also adds to its last argument's memory; None without them.
+    """oneDNN's convolution with a ReLU, and the one that also adds to its first argument in place; None without them.
 
     torch.compile uses them, but they are no public interface: so they are tried before they are trusted.
     """
@@ -41,7 +41,7 @@ def fused_kernels() -> tuple[Callable, Callable] | None:
 def pack(weight: Tensor, stride: tuple, padding: tuple, groups: int, shape: Sequence[int]) -> Tensor:
     """The weight of a convolution in the layout that oneDNN wants for inputs of this shape.
 
-    For another number of images it has wanted the same so far; where it does not, it packs anew in every call.
+    So far the layout has not depended on the number of images. If it does, oneDNN packs anew in every call.
     """
     return torch.ops.mkldnn._reorder_convolution_weight(weight, padding, stride, (1, 1), groups, list(shape))
 

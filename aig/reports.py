@@ -79,7 +79,7 @@ def warnings_of(
 
 
 def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
-    """A warning if no gate decides image by image any more, though a budget asks for no rate of any one."""
+    """A warning, with a budget, if no gate decides image by image any more."""
     of_gates = [rate for rate, target in zip(rates, target_rates, strict=True) if target < 1]
     if not of_gates or any(STUCK <= rate <= 1 - STUCK for rate in of_gates):
         return None
@@ -101,7 +101,10 @@ def spoiled(validated: Sequence[dict[str, Any]]) -> str | None:
 
 
 def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
-    """A warning if gates, rates (L,), hardly ever decided otherwise in an epoch, though their targets lie elsewhere."""
+    """A warning if gates did the same for nearly every image of an epoch, though their target rates are others.
+
+    `rates` (L,): how often each was open.
+    """
     stuck = [
         f"{block} ({'open' if rate > 0.5 else 'closed'}, target {target:g})"
         for block, (rate, target) in enumerate(zip(rates, target_rates, strict=True), start=1)

@@ -38,7 +38,7 @@ from aig.environment import without_empty_folders
 
 ARGS, METRICS, MATRIX, LOG = "args.json", "metrics.jsonl", "gates_by_class.npy", "log.txt"
 EVENTS = "tensorboard"
-RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # each of them makes a folder one that holds a run
+RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # a folder with any of them holds a run
 LOCK = ".lock"
 PATIENCE = 10  # seconds to wait for a run folder; the image workers of a killed process keep it for 5
 MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
@@ -201,7 +201,10 @@ class Run:
         self.saved = time.monotonic()
         self.commands, self.records = [command()], []  # records: of the epochs done
         if self.resumed:
-            self.commands = [*earlier_commands(self.folder), command()]
+            earlier = read_json(self.folder / ARGS).get("commands", [])
+            if not isinstance(earlier, list):
+                raise InputError(f"{self.folder / ARGS} is damaged: move it away")
+            self.commands = [*earlier, command()]
             done = min(self.first, self.checkpoint["epoch"])
             self.records = [record for record in read_records(self.folder) if record["epoch"] < done]
 
@@ -332,11 +335,3 @@ def logged(run: Run) -> Iterator[None]:
         log.clear()
         if isinstance(reason, InputError) and is_new and not run.begun:
             (run.folder / LOG).unlink(missing_ok=True)
-
-
-def earlier_commands(folder: Path) -> list[str]:
-    """The commands that args.json records. Raises InputError if it is damaged."""
-    commands = read_json(folder / ARGS).get("commands", [])
-    if not isinstance(commands, list):
-        raise InputError(f"{folder / ARGS} is damaged: move it away")
-    return commands

@@ -23,7 +23,6 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL import Image
 
-EXTRA = 'pip install "convnet-aig[export]"'
 PROGRAM = "convnet-aig"  # the producer that a file of ours names
 METADATA = (  # of a file, each in JSON
     "program", "batch", "uint8", "image_size", "preprocess", "classes", "macs", "gated", "gate_mode", "threshold",
@@ -38,7 +37,7 @@ def require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{package} is not installed ({error}): {EXTRA} {package}") from error
+        raise ImportError(f"{package} is not installed ({error}): pip install {package}") from error
 
 
 def available_cores() -> int:

@@ -55,6 +55,7 @@ class Distillation:
     teacher: Callable[[Tensor], Tensor]  # images (n, 3, H, W) -> logits (n, K), without a gradient
     weight: float = 0.5  # w
     temperature: float = 4  # T
+    digest: str = ""  # of the teacher's weights
 
     def term(self, logits: Tensor, images: Tensor, reduction: str) -> Tensor:
         """The term for logits (n, K) of these images, as a mean or a sum over them."""

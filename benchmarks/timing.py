@@ -69,15 +69,15 @@ def training_step(
     objective = recipe.objective(device, world)
 
     def step() -> None:
-        now = recipe.at(1, 1)
-        set_lr(optimizer, now.lr)
+        lr, warm = recipe.at(1, 1)
+        set_lr(optimizer, lr)
         batch = images.contiguous(memory_format=layout)
         noise = step_noise(model, batch, count, (recipe.seed, "noise", 1, 1), world)
         optimizer.zero_grad(set_to_none=True)
         for x, y, g in distributed.split(network, batch, labels, noise, recipe.parts(count, world)):
             with recipe.autocast(device.type):
                 logits, gates = forward(x, temperature=recipe.temperature, noise=g)
-            loss, sums = objective(logits, y, gates, count, now.warm, x)
+            loss, sums = objective(logits, y, gates, count, warm, x)
             scaler.scale(loss).backward()
             state.add(sums)
         state.end_step(1, count)

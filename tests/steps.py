@@ -5,7 +5,6 @@ from dataclasses import replace
 import torch
 
 from aig import engine
-from aig.dashboard import Boards
 from aig.data import Loader, SmallImageLoader, SmallImages
 from aig.distributed import ALONE
 from aig.engine import Recipe
@@ -91,7 +90,7 @@ def train(model, loader, epochs=1, state=None, after_step=lambda state: None, va
     run = MemoryRun(after_step)
     run.state = state
     recipe = replace(recipe, last=state.epoch + epochs - 1)
-    engine.fit(state, loader, val or loader, recipe, run, Boards())
+    engine.fit(state, loader, val or loader, recipe, run, [])
     return run
 
 

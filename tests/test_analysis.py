@@ -190,6 +190,18 @@ def test_thresholds_of_a_budget_are_a_mark_on_the_curve(run, runs, tmp_path):
     rows = [(row["run"], row["mode"], row["threshold"]) for row in read_csv(tmp_path / "out" / "curve.csv")]
     assert rows[:2] == [("aig", "argmax", "0.3"), ("aig", "argmax", "nan")]
     assert ("plain", "argmax", "0.5") in rows
+    with np.load(tmp_path / "out" / "curve.npz") as arrays:
+        assert arrays["usual"].tolist()[:2] == [False, True]
+
+
+def test_a_run_validated_with_every_branch_is_analyzed_in_another_mode(run, runs, tmp_path):
+    state = torch.load(runs / "aig" / CHECKPOINT, weights_only=True)
+    save_checkpoint({**state, "args": {**state["args"], "gate_mode": "expected"}, "is_best": False}, tmp_path)
+    call = ["--resume", tmp_path, "--out", tmp_path / "out", "--only", "rates"]
+    status, _, err = run(main, *call)
+    assert (status, len(err.splitlines())) == (2, 1)
+    assert "records gate mode expected, which runs every branch: add --gate-mode argmax" in err
+    assert run(main, *call, "--gate-mode", "argmax")[0] == 0
 
 
 def test_few_images_of_many_classes(run, image_folder, tmp_path):
@@ -563,6 +575,8 @@ def test_results_are_never_silently_replaced(run, runs, analyzed, contents):
         (["--out", "OUT", "--resume", "AIG", "--test-size", "5000"], "only 360"),
         (["--out", "OUT", "--resume", "AIG", "--compare", "nowhere"], "nowhere"),
         (["--out", "OUT", "--resume", "PLAIN"], "without gates"),
+        (["--out", "OUT", "--resume", "AIG", "--budget", "0.7", "--threshold", "0.3"], "thresholds of its own"),
+        (["--out", "OUT", "--resume", "AIG", "--budget", "0.7", "--gate-mode", "sample"], "for gate mode argmax"),
         (["--out", "FILE", "--resume", "AIG"], "File exists"),
         (["--resume", "AIG", "--image", "FILE"], "cannot read the image"),
         (["--resume", "AIG", "--image", "nowhere.png"], "no such file"),
@@ -584,7 +598,6 @@ def test_bad_input_gets_one_line(run, runs, tmp_path, flags, message):
         ("batch_size", -1, []),
         ("seed", "x", []),
         ("data", ["a"], []),
-        ("gate_mode", "expected", ["--gate-mode", "argmax"]),
         ("threshold", float("nan"), ["--threshold", "0.5"]),
         ("dataset", "mnist", ["--dataset", "digits"]),
     ],

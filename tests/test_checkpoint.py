@@ -267,11 +267,3 @@ def test_prefixes_of_wrappers_are_taken_off():
     assert checkpoint.without_prefixes(state) == state  # not all of them have it
     for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
         assert checkpoint.without_prefixes({prefix + "a": 1, prefix + "b": 2}) == {"a": 1, "b": 2}
-
-
-def test_other_gates_than_the_checkpoints_are_an_error():
-    recorded = {"args": {"block_rates": [0.5, 1.0, 0.5]}}
-    assert checkpoint.check_gates(recorded, [0.7, 1.0, 0.3], "FILE") is None
-    assert checkpoint.check_gates({}, [0.7, 1.0, 0.3], "FILE") is None
-    with pytest.raises(InputError, match="other blocks have gates than in FILE"):
-        checkpoint.check_gates(recorded, [0.5, 0.5, 0.5], "FILE")

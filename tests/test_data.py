@@ -440,5 +440,5 @@ def test_images_of_another_form_are_an_error(images, labels, message):
 
 def test_images_of_another_size_than_the_data_set_says_are_an_error(monkeypatch):
     monkeypatch.setitem(DATASETS, "digits", replace(DATASETS["digits"], size=32))
-    with pytest.raises(ValueError, match="says that digits has images of 32 pixels"):
+    with pytest.raises(ValueError, match="digits has images of 8 x 8 pixels, but DATASETS says 32"):
         data.open_loaders(Choice(dataset="digits"), Batching(64))

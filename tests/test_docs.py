@@ -268,6 +268,7 @@ def test_python_on_a_page_runs(page, tmp_path, monkeypatch, capsys):
     if page == README:
         assert names["net"].classes[names["logits"].argmax()] == "dog"
         assert gates.tolist() == [[1] * 8 + [0]]
+        assert f"# {capsys.readouterr().out}" in page.read_text()
     assert (names["cost"].executed(gates) < names["cost"].dense).any()
 
 
@@ -282,7 +283,7 @@ def test_sharing_runs(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------- extending.md
 
-GATE, GATE_LINES, BACKBONES, DATASET, LOSS_LINES = snippets(DOCS / "extending.md")
+GATE, GATE_LINES, GATE_CHECK, BACKBONES, DATASET, LOSS_LINES = snippets(DOCS / "extending.md")
 
 
 def replace_lines(lines, count):
@@ -305,6 +306,7 @@ def test_extending_by_a_gate(checkout):
     training, testing = (words for words in commands(DOCS / "extending.md") if any("linear-gate" in w for w in words))
     checkout.run(*training)
     assert "execution rate" in checkout.run(*testing)
+    assert checkout.run("python", "-c", GATE_CHECK).startswith("1.000 decide alike, ")
     checkout.run("python", "-c", (
         "import aig, torch; net = aig.load('runs/linear-gate'); x = torch.randn(64, 3, 8, 8)\n"
         "blocks = list(net.blocks()); net.threshold = torch.sigmoid(blocks[1].fc2.bias.diff()).item()\n"

@@ -45,26 +45,26 @@ def gradients(model):
 
 def test_the_learning_rate_falls_tenfold_from_each_milestone_on():
     recipe = replace(RECIPE, milestones=(3, 5))
-    assert [recipe.at(epoch, 1).lr for epoch in range(1, 7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
+    assert [recipe.at(epoch, 1)[0] for epoch in range(1, 7)] == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 0.001])
 
 
 def test_a_cosine_falls_to_zero_over_all_epochs_whatever_the_milestones():
     recipe = replace(RECIPE, lr_schedule="cosine", milestones=(2,), epochs=4, warmup=1)
     for epoch, progress, factor in [(1, 0.5, 0.5 * 0.9619398), (2, 1, 0.5), (3, 1, 0.1464466), (4, 1, 0)]:
-        assert recipe.at(epoch, progress).lr == pytest.approx(0.1 * factor)
+        assert recipe.at(epoch, progress)[0] == pytest.approx(0.1 * factor)
 
 
 def test_warm_up_rises_linearly_to_the_learning_rate():
     recipe = replace(RECIPE, milestones=(3,), warmup=2)
     for epoch, progress, factor in [(1, 0.5, 0.25), (2, 0.5, 0.75), (2, 1, 1), (3, 0.1, 0.1)]:
-        assert recipe.at(epoch, progress).lr == pytest.approx(0.1 * factor)
+        assert recipe.at(epoch, progress)[0] == pytest.approx(0.1 * factor)
 
 
 def test_target_rates_warm_up_linearly_over_their_epochs():
     recipe = replace(RECIPE, target_warmup=2)
     for epoch, progress, part in [(1, 0.5, 0.25), (1, 1, 0.5), (2, 0.5, 0.75), (2, 1, 1), (5, 1, 1)]:
-        assert recipe.at(epoch, progress).warm == pytest.approx(part)
-    assert RECIPE.at(1, 0.5).warm is None
+        assert recipe.at(epoch, progress)[1] == pytest.approx(part)
+    assert RECIPE.at(1, 0.5)[1] is None
 
 
 @pytest.mark.parametrize(("epochs", "expected"), [(350, [150, 250]), (10, [4, 7]), (6, [3, 4]), (1, [2, 3])])
@@ -314,7 +314,7 @@ def test_a_training_leaves_a_record_and_a_checkpoint_an_epoch():
 
     model, run = small_net(), MemoryRun()
     state = new_state(model, loader)
-    engine.fit(state, loader, small_loader(20), replace(RECIPE, last=3, milestones=(2,)), run, Board())
+    engine.fit(state, loader, small_loader(20), replace(RECIPE, last=3, milestones=(2,)), run, [Board()])
     assert [record["epoch"] for record in run.records] == [1, 2, 3]
     assert [record["lr"] for record in run.records] == pytest.approx([0.1, 0.01, 0.01])
     for record in run.records:
@@ -409,7 +409,7 @@ def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_sav
 
     run.save_if_due = spoil
     with pytest.raises(TrainingError, match="not finite after epoch 1"):
-        engine.fit(state, loader, loader, RECIPE, run, None)
+        engine.fit(state, loader, loader, RECIPE, run, [])
     assert (run.records, run.saved) == ([], [])
 
 

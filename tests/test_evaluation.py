@@ -390,3 +390,4 @@ def test_a_network_that_is_not_finite_is_tested_to_the_end(loader):
     result = evaluation.measure(broken.eval(), loader, Objective(RATES, 2), samples=2, dense=True)
     assert math.isnan(result["loss"])
     assert sum(result["executed_blocks"]) == loader.num_images
+    assert "open gates by class, fewest first (0 of 0)" in evaluation.describe(result, "sample", RATES)

@@ -41,7 +41,7 @@ def fitted(monkeypatch):
     """What `fit` was called with, instead of a training."""
     calls = []
 
-    def fit(state, loader, val, recipe, run, board):
+    def fit(state, loader, val, recipe, run, boards):
         calls.append((state, recipe))
 
     monkeypatch.setattr(utils, "fit", fit)
@@ -342,8 +342,10 @@ def test_a_run_with_a_teacher_goes_on_only_with_that_teacher(run, tuned, tmp_pat
     teacher = tmp_path / "teacher"
     command = ["--resume", resume_altered(tuned / "gated", tmp_path / "run", distill=str(teacher)), "--device", "cpu"]
     status, _, err = run(train.main, *command)
-    assert (status, err) == (2, f"script: error: {teacher}: No such file or directory\n")
-    teacher.write_bytes((tuned / "plain" / runs.BEST).read_bytes() + b"more")
+    assert (status, err) == (2, f"script: error: no checkpoint at {teacher}\n")
+    other = load_checkpoint(tuned / "plain" / runs.BEST)
+    other["state_dict"]["linear.bias"] += 1
+    torch.save(other, teacher)
     status, _, err = run(train.main, *command)
     assert (status, len(err.splitlines())) == (2, 1)
     assert f"{teacher} is not the teacher that this run began with: name that one with --distill" in err
@@ -396,7 +398,7 @@ def test_a_run_says_what_its_start_gave_and_whether_images_were_held_out(run, tu
     assert f"before training, with every gate open: top1 {plain[-1]['val']['top1']:.2f} %" in out
     assert "warning" not in out.partition("epoch 1/1")[0]
     _, out, _ = run(train.main, *common, "--distill", tuned / "plain", "--val-size", 100, "--expname", "other")
-    assert out.count("had another --val-size: it may have been trained on images validated on here") == 2
+    assert out.count("had another --val-size: it may have been trained on images that this run validates on") == 2
 
 
 def test_a_new_run_does_not_replace_its_own_start_or_teacher(run, copied, contents):
@@ -413,7 +415,7 @@ def test_while_the_floor_comes_down_there_is_no_best_accuracy(run, tuned, tmp_pa
     command = ["--dataset", "digits", "--depth", 8, "--save", tmp_path, "--pretrained", tuned / "plain"]
     status, out, _ = run(train.main, *command, "--budget", 0.7, "--epochs", 9, "--stop-after", 1, "--expname", "run")
     assert status == 0
-    assert f"target rates are still coming down, the newest: {tmp_path / 'run' / runs.BEST}" in out
+    assert f"the newest model, since target rates or floor have yet to come down: {tmp_path / 'run' / runs.BEST}" in out
 
 
 def test_a_plain_run_is_not_resumed_to_a_budget(run, copied):
@@ -560,6 +562,14 @@ def test_bfloat16_learns_the_digits_like_float32(run, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------- stochastic depth
+
+
+def test_where_visdom_is_missing_the_training_goes_on(monkeypatch, run, fitted, tmp_path):
+    monkeypatch.setitem(sys.modules, "visdom", None)  # Python then reports that there is no such module
+    status, _, err = run(train.main, *DIGITS, "--visdom", "--save", tmp_path, "--expname", "run")
+    assert status == 0
+    assert "--visdom: visdom is not installed: see the README" in err
+    assert len(fitted) == 1
 
 
 def test_stochastic_depth_drops_branches_at_its_rate_and_only_in_training():

@@ -23,6 +23,7 @@ from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
 from aig.console import InputError, Parser, number, one_or_several, run_command, say
 from aig.data import DATASETS, default_workers, same_classes
+from convnet_aig import RUNS_EVERYTHING
 
 SUMMARY = "summary.json"
 FORMATS = ("png", "pdf", "svg")
@@ -84,6 +85,9 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
     path = str(files.checkpoint_in(run, *files.TRAINED))
     checkpoint, given = files.load_checkpoint(path), parser.given(argv)
     own, following = files.recorded(checkpoint), checkpoint.get("epoch")
+    if own.get("gate_mode") in RUNS_EVERYTHING and "gate_mode" not in given:
+        how = f"records gate mode {own['gate_mode']}, which runs every branch: add --gate-mode argmax"
+        raise InputError(f"{path} {how}")
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)
     flags = {**vars(parser.parse_args(argv)), **inherited}
     epoch = following - 1 if isinstance(following, int) else None
@@ -95,7 +99,9 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
-    args = parser.parse_args(argv)
+    args, given = parser.parse_args(argv), parser.given(argv)
+    if args.budget and ("threshold" in given or given.get("gate_mode", "argmax") != "argmax"):
+        raise InputError("--budget brings thresholds of its own, for gate mode argmax: leave out the other flag")
     if distributed.world().size > 1:
         raise InputError("the analysis runs in one process: start it without torchrun")
     if not args.out and not args.image:

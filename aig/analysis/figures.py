@@ -170,8 +170,8 @@ def curve(run: np.ndarray, mode: np.ndarray, threshold: np.ndarray, usual: np.nd
     """Error over computation, as the paper's figure 3: a curve for the thresholds of the first run, marks for others.
 
     Args:
-        run, mode, threshold, usual, error, macs_mean: one value for each point. The threshold is NaN in other modes
-            than argmax, `usual` points are marked, the others only swept over, and error is in percent.
+        run, mode, threshold, usual, error, macs_mean: one value for each point. The threshold is NaN except in mode
+            argmax with one for all gates. `usual` points are marked; the others make the curve. Error is in percent.
     """
     figure = Figure((WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()

@@ -140,7 +140,7 @@ def curve(subjects: Iterable[Subject], thresholds: Sequence[float]) -> Part:
             points = [("argmax", usual), ("sample", 0.5)][: 2 if subject.model.num_gates else 1]
         measured = measures.operating_points(subject.model, subject.loader, points, subject.samples, subject.seed)
         found += [{"run": subject.name, **point} for point in measured]
-        marked += [point["mode"] != "argmax" or point["threshold"] == usual for point in measured]
+        marked += [mode != "argmax" or threshold == usual for mode, threshold in points]
     drawn = ("run", "mode", "threshold", "error", "macs_mean")
     arrays = {**{name: np.array([point[name] for point in found]) for name in drawn}, "usual": np.array(marked)}
     lines = [

@@ -98,7 +98,7 @@ def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
         check_thresholds(threshold, model.num_gates)
     except ValueError as error:
         raise InputError(f"{flags.path}: {error}") from error
-    model.gate_mode, model.threshold = flags.gate_mode, threshold
+    model.gate_mode, model.threshold = "argmax" if by_budget else flags.gate_mode, threshold
     return model.to(select_device(flags.device), memory_format=torch.channels_last)
 
 
