@@ -591,7 +591,7 @@ def make_state(
                 f"only with what it began with; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
             )
         enter_epoch(state, checkpoint, train, recipe.objective(device, world), args.resume)
-    if [state.epoch, state.step] != [-number for number in world.all_max(-state.epoch, -state.step)]:
+    if [state.epoch, state.step] != [-highest for highest in world.all_max(-state.epoch, -state.step)]:
         raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")
     return state
 

@@ -80,14 +80,14 @@ def check_args(args: Any, path: str | Path) -> None:
 
     try:
         classes = args.get("classes") if isinstance(args, dict) else 0
-        fit = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
-        if fit and "mean" in args:
-            fit = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
-            fit = fit and min(args["std"]) > 0
-        fit = fit and all(numbers(name) for name in ("block_rates", "lr_milestones") if name in args)
+        fits = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+        if fits and "mean" in args:
+            fits = len(args["mean"]) == len(args["std"]) == 3 and numbers("mean") and numbers("std")
+            fits = fits and min(args["std"]) > 0
+        fits = fits and all(numbers(name) for name in ("block_rates", "lr_milestones") if name in args)
     except (TypeError, KeyError, OverflowError):
-        fit = False
-    if not fit:
+        fits = False
+    if not fits:
         raise InputError(f"{path}: its args are malformed; not a checkpoint of this program")
 
 

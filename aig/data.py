@@ -190,7 +190,7 @@ def open_image_folder(folder: Path) -> Any:
         raise InputError(str(error).split(" Supported extensions")[0].rstrip(".") + f" (in {folder})") from error
 
 
-def same_classes(train: list[str], other: list[str], where: str) -> None:
+def check_classes(train: list[str], other: list[str], where: str) -> None:
     """Raises InputError naming the classes that only one of the two lists has."""
     if train != other:
         differing = sorted(set(train) ^ set(other))
@@ -513,12 +513,12 @@ def open_loaders(choice: Choice, batching: Batching) -> Loaders:
     height, width = evaluated.images.shape[1:3]
     if (height, width) != (source.size, source.size):
         raise ValueError(f"{choice.dataset} has images of {height} x {width} pixels, but DATASETS says {source.size}")
-    same_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
+    check_classes(choice.classes or evaluated.classes, evaluated.classes, f"--dataset {choice.dataset}")
     normalisation = (choice.mean, choice.std) if choice.mean else source.statistics
     training, train, held_out = not choice.test or choice.needs_training, None, None
     if training or choice.calibrates or normalisation is None:
         train = load(train=True)
-        same_classes(train.classes, evaluated.classes, "the test images")
+        check_classes(train.classes, evaluated.classes, "the test images")
         if choice.val_size:
             train, held_out = hold_out(train, choice.val_size)
             evaluated = evaluated if choice.test else held_out
@@ -549,12 +549,12 @@ def photo_loaders(choice: Choice, batching: Batching) -> Loaders:
     if choice.test_size:
         keep_some(found, choice.test_size, "--test-size")
     val = loader(found, augment=False)
-    same_classes(choice.classes or val.classes, val.classes, str(root))
+    check_classes(choice.classes or val.classes, val.classes, str(root))
     train, calibration = None, None
     if not choice.test or choice.needs_training or choice.calibrates:
         found = open_split(root, True, ("val",), choice.split)
         train = loader(found, augment=True)
-        same_classes(train.classes, val.classes, f"{root}/val")
+        check_classes(train.classes, val.classes, f"{root}/val")
         if choice.calibrates:
             keep_some(found, CALIBRATION)
             calibration = loader(found, augment=False)

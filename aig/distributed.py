@@ -112,7 +112,9 @@ def compile_mode(device_type: str, accumulate: int, world: World) -> str:
     return "reduce-overhead" if graphs else "default"
 
 
-def split(network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, parts: int) -> Iterator[list[Tensor]]:
+def batch_parts(
+    network: nn.Module, images: Tensor, labels: Tensor, noise: Tensor, parts: int
+) -> Iterator[list[Tensor]]:
     """The parts in which a batch is computed to save memory; processes exchange gradients after the last one only."""
     distributed = isinstance(network, DistributedDataParallel)
     pieces = zip(images.tensor_split(parts), labels.tensor_split(parts), noise.tensor_split(parts, 1), strict=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aig.console import progress_bar, say
 from aig.data import Loader
-from aig.distributed import World, average_batchnorm, compile_mode, split, wrap
+from aig.distributed import World, average_batchnorm, batch_parts, compile_mode, wrap
 from aig.environment import derive_seed
 from aig.evaluation import evaluate
 from aig.losses import Objective
@@ -118,7 +118,7 @@ def fit(state: State, train: Loader, val: Loader, recipe: Recipe, run: Any, boar
                 images = images.contiguous(memory_format=layout)
                 noise = step_noise(model, images, count, (recipe.seed, "noise", epoch, step), world)
                 optimizer.zero_grad(set_to_none=True)
-                for x, y, g in split(network, images, labels, noise, recipe.parts(count, world)):
+                for x, y, g in batch_parts(network, images, labels, noise, recipe.parts(count, world)):
                     with recipe.autocast(device.type):
                         logits, gates = forward(x, temperature=recipe.temperature, noise=g)
                     loss, sums = objective(logits, y, gates, count, warm, x)

@@ -179,7 +179,7 @@ def measure(
         images_per_second, threshold, and `skipping`: whether closed branches were skipped; in mode "sample" also the
         standard deviation over the seeds (None for one seed) of top1, loss and execution_rate, as NAME_std.
     """
-    network = model if dense else accelerated(model, loader)
+    network = model if dense else accelerated_for(model, loader)
     skipping = not dense and network.conditional and model.gate_mode not in RUNS_EVERYTHING
     cost = inference.count_macs(model, loader.size)
     device = next(model.parameters()).device
@@ -207,7 +207,7 @@ def measure(
     }
 
 
-def accelerated(model: AdaptiveResNet, loader: Loader) -> inference.Accelerated:
+def accelerated_for(model: AdaptiveResNet, loader: Loader) -> inference.Accelerated:
     """The accelerated network, in the form that suits the device.
 
     On a CPU it always skips: that mostly pays for the paper's networks (results/logs/latency.log), and a choice by the

@@ -281,13 +281,13 @@ def accelerate(model: AdaptiveResNet, images: Tensor | None = None) -> Accelerat
     fast = Accelerated(model)
     if images is not None:
         fast.conditional = True
-        skipping = seconds(fast, images)
+        skipping = time_forward(fast, images)
         fast.conditional = False
-        fast.conditional = skipping <= seconds(fast, images)
+        fast.conditional = skipping <= time_forward(fast, images)
     return fast
 
 
-def seconds(network: nn.Module, images: Tensor, repeats: int = 3) -> float:
+def time_forward(network: nn.Module, images: Tensor, repeats: int = 3) -> float:
     """The best of several timings of a forward pass, after one to warm up."""
     times = []
     for _ in range(repeats + 1):

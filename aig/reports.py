@@ -70,15 +70,15 @@ def warnings_of(
     """
     found = []
     if settled:
-        found.append((static if recipe.budget else collapsed)(opened, recipe.target_rates))
+        found.append((static_warning if recipe.budget else collapsed_warning)(opened, recipe.target_rates))
     if validated := [record["val"] for record in records]:
         labels = 1 - recipe.distillation.weight if recipe.distillation else 1
-        found.append(spoiled(validated) if recipe.fine_tunes else None)
-        found += [exploded(validated, labels), all_open(validated, recipe, mode)]
+        found.append(spoiled_warning(validated) if recipe.fine_tunes else None)
+        found += [exploded_warning(validated, labels), all_open_hint(validated, recipe, mode)]
     return [text for text in found if text]
 
 
-def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
+def static_warning(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
     """A warning, with a budget, if no gate decides image by image any more."""
     of_gates = [rate for rate, target in zip(rates, target_rates, strict=True) if target < 1]
     if not of_gates or any(STUCK <= rate <= 1 - STUCK for rate in of_gates):
@@ -89,7 +89,7 @@ def static(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
     )
 
 
-def spoiled(validated: Sequence[dict[str, Any]]) -> str | None:
+def spoiled_warning(validated: Sequence[dict[str, Any]]) -> str | None:
     """A warning if the first epoch has made a loaded network as bad as guessing."""
     classes = len(validated[0]["classes"])
     if len(validated) > 1 or classes < 2 or validated[0]["top1"] > 100 / classes:
@@ -100,7 +100,7 @@ def spoiled(validated: Sequence[dict[str, Any]]) -> str | None:
     )
 
 
-def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
+def collapsed_warning(rates: Sequence[float], target_rates: Sequence[float]) -> str | None:
     """A warning if gates did the same for nearly every image of an epoch, though their target rates are others.
 
     `rates` (L,): how often each was open.
@@ -119,7 +119,7 @@ def collapsed(rates: Sequence[float], target_rates: Sequence[float]) -> str | No
     )
 
 
-def exploded(validated: Sequence[dict[str, Any]], labels: float = 1) -> str | None:
+def exploded_warning(validated: Sequence[dict[str, Any]], labels: float = 1) -> str | None:
     """A warning if the validation loss is far above chance, or grows while the accuracy stays at chance.
 
     `labels`: the weight of the cross entropy, beside a teacher's.
@@ -143,7 +143,7 @@ def exploded(validated: Sequence[dict[str, Any]], labels: float = 1) -> str | No
     return None
 
 
-def all_open(validated: Sequence[dict[str, Any]], recipe: Any, mode: str) -> str | None:
+def all_open_hint(validated: Sequence[dict[str, Any]], recipe: Any, mode: str) -> str | None:
     """A hint, given once, if every gate is open for all validation images."""
     gated = any(rate < 1 for rate in recipe.target_rates)
     if mode in RUNS_EVERYTHING or not gated or any(min(each["gates"]) < 1 for each in validated[-1:]):

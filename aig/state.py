@@ -140,14 +140,14 @@ def enter_epoch(state: State, checkpoint: dict, train: Loader, objective: Object
     step, seen, shapes = checkpoint["step"], checkpoint.get("seen"), {"gates": tuple(objective.rates.shape)}
     try:
         sums = {name: checkpoint["sums"][name].detach().clone() for name in ("gates", *objective.names)}
-        fit = 0 < step <= len(train) and seen == min(step * train.batch_size, train.num_images)
-        fit = fit and checkpoint["seconds"] >= 0
+        fits = 0 < step <= len(train) and seen == min(step * train.batch_size, train.num_images)
+        fits = fits and checkpoint["seconds"] >= 0
         for name, values in sums.items():
-            fit = fit and is_ordinary(values) and values.is_floating_point() and bool(values.isfinite().all())
-            fit = fit and values.shape == shapes.get(name, ())
+            fits = fits and is_ordinary(values) and values.is_floating_point() and bool(values.isfinite().all())
+            fits = fits and values.shape == shapes.get(name, ())
     except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{source}: what it records of its unfinished epoch is damaged ({error})") from error
-    if not fit:
+    if not fits:
         raise InputError(
             f"{source} stopped in the middle of epoch {checkpoint['epoch']}, which goes on only with the same "
             f"images and --batch-size; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"

@@ -74,7 +74,7 @@ def training_step(
         batch = images.contiguous(memory_format=layout)
         noise = step_noise(model, batch, count, (recipe.seed, "noise", 1, 1), world)
         optimizer.zero_grad(set_to_none=True)
-        for x, y, g in distributed.split(network, batch, labels, noise, recipe.parts(count, world)):
+        for x, y, g in distributed.batch_parts(network, batch, labels, noise, recipe.parts(count, world)):
             with recipe.autocast(device.type):
                 logits, gates = forward(x, temperature=recipe.temperature, noise=g)
             loss, sums = objective(logits, y, gates, count, warm, x)

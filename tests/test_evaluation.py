@@ -253,8 +253,8 @@ def share(another=False, count=5):
 def test_off_the_cpu_a_trial_on_made_up_images_decides_even_in_a_process_without_images(tried):
     loader = share()
     assert loader.world.shard(5) == slice(5, 5)
-    evaluation.accelerated(Elsewhere(), loader)
-    evaluation.accelerated(Elsewhere(), share(count=40))
+    evaluation.accelerated_for(Elsewhere(), loader)
+    evaluation.accelerated_for(Elsewhere(), share(count=40))
     assert [tuple(images.shape) for images in tried.images] == [(5, 3, 8, 12), (16, 3, 8, 12)]
     assert {images.device.type for images in tried.images} == {"meta"}
 
@@ -263,20 +263,20 @@ def test_off_the_cpu_a_trial_on_made_up_images_decides_even_in_a_process_without
 @pytest.mark.parametrize("another", [False, True])
 def test_all_processes_compute_in_the_form_that_any_has_chosen(tried, own, another):
     tried.conditional = own
-    assert evaluation.accelerated(Elsewhere(), share(another=another)).conditional is (own or another)
+    assert evaluation.accelerated_for(Elsewhere(), share(another=another)).conditional is (own or another)
 
 
 def test_results_that_must_repeat_are_not_left_to_a_trial(tried):
     torch.use_deterministic_algorithms(True)
     try:
-        network = evaluation.accelerated(Elsewhere(), share())
+        network = evaluation.accelerated_for(Elsewhere(), share())
     finally:
         torch.use_deterministic_algorithms(False)
     assert (tried.images, network.conditional) == ([None], False)
 
 
 def test_a_cpu_always_skips_without_a_trial(tried, model):
-    assert evaluation.accelerated(model, share()).conditional is True
+    assert evaluation.accelerated_for(model, share()).conditional is True
     assert tried.images == [None]
 
 

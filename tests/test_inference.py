@@ -409,14 +409,14 @@ def test_given_a_batch_it_chooses_a_form_and_the_outputs_stay(monkeypatch):
         assert_same(model, fast, x)
     assert chosen == [True, False]
     monkeypatch.undo()
-    assert inference.seconds(fast, x, repeats=1) > 0
+    assert inference.time_forward(fast, x, repeats=1) > 0
 
 
 def test_a_forward_pass_on_a_device_is_timed_to_its_end(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append(device.type))
     images = torch.zeros(1, device="meta")
-    assert inference.seconds(lambda x: calls.append("forward"), images, repeats=2) > 0
+    assert inference.time_forward(lambda x: calls.append("forward"), images, repeats=2) > 0
     assert calls == ["forward", "meta"] * 3
 
 
@@ -427,5 +427,5 @@ def test_a_timing_is_the_best_of_several_after_one_to_warm_up(monkeypatch):
     def network(x):
         clock[0] += took.pop(0)
 
-    assert inference.seconds(network, torch.zeros(1), repeats=3) == 3
+    assert inference.time_forward(network, torch.zeros(1), repeats=3) == 3
     assert took == []

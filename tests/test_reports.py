@@ -101,9 +101,9 @@ def test_a_gate_that_always_did_the_same_has_collapsed():
     assert line.startswith("warning: 2 of 3 gates did the same for nearly every image, those of blocks ")
     assert "1 (open, target 0.7), 2 (closed, target 0.5);" in line
     assert "larger --lossfact" in line
-    assert reports.collapsed([0.998, 0.002, 1.0], RATES) is None
-    assert reports.collapsed([1.0, 0.0], [0.95, 0.05]) is None  # near to their targets
-    many = reports.collapsed([1.0] * 8, [0.5] * 8)
+    assert reports.collapsed_warning([0.998, 0.002, 1.0], RATES) is None
+    assert reports.collapsed_warning([1.0, 0.0], [0.95, 0.05]) is None  # near to their targets
+    many = reports.collapsed_warning([1.0] * 8, [0.5] * 8)
     assert "8 of 8 gates" in many
     assert "5 (open, target 0.5), ...;" in many
 

@@ -22,7 +22,7 @@ from aig import distributed, runs
 from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
 from aig.console import InputError, Parser, number, one_or_several, run_command, say
-from aig.data import DATASETS, default_workers, same_classes
+from aig.data import DATASETS, check_classes, default_workers
 from convnet_aig import RUNS_EVERYTHING
 
 SUMMARY = "summary.json"
@@ -123,7 +123,7 @@ def analyze(flags: argparse.Namespace, compared: Sequence[argparse.Namespace]) -
     if not subject.model.num_gates:
         raise InputError(f"{flags.path} is a net without gates: analyze one with gates, and --compare this one")
     for other in compared:
-        same_classes(subject.loader.classes, other.recorded.get("classes", subject.loader.classes), other.path)
+        check_classes(subject.loader.classes, other.recorded.get("classes", subject.loader.classes), other.path)
     epsilons = sorted(set(map(float, flags.epsilons)))
     compute = {
         "rates": partial(parts.rates, subject),

@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as TF
 from aig.console import progress_bar
 from aig.data import Loader
 from aig.environment import derive_seed
-from aig.evaluation import accelerated, measure, predictions
+from aig.evaluation import accelerated_for, measure, predictions
 from aig.inference import count_macs
 from aig.losses import Objective
 from convnet_aig import AdaptiveResNet, draw_noise
@@ -48,7 +48,7 @@ def inference_graphs(model: AdaptiveResNet, loader: Loader, seed: int) -> Arrays
     cost = count_macs(model, loader.size)
     batches = [
         (labels, logits.argmax(1), z > 0.5, cost.executed(z))
-        for _, labels, logits, z in predictions(accelerated(model, loader), loader, seed)
+        for _, labels, logits, z in predictions(accelerated_for(model, loader), loader, seed)
     ]
     labels, predicted, opened, macs = (torch.cat(parts).cpu().numpy() for parts in zip(*batches, strict=True))
     names = np.array(loader.classes)
@@ -206,7 +206,7 @@ def robustness(
         Arrays (2, E), without and with compression: error in percent; execution_rate; macs_mean; gates_changed, the
         fraction of gate decisions that the attack changes; images_changed, the fraction of images with such a decision.
     """
-    network, cost, normaliser = accelerated(model, loader), count_macs(model, loader.size), loader.normaliser
+    network, cost, normaliser = accelerated_for(model, loader), count_macs(model, loader.size), loader.normaliser
     gated = torch.tensor([block.gated for block in model.blocks()])
     names = ("wrong", "executed", "macs", "gates_changed", "images_changed")
     sums = {name: np.zeros((2, len(epsilons))) for name in names}

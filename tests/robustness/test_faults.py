@@ -250,9 +250,9 @@ def test_resume_auto_starts_goes_on_and_ends(run, begun, tmp_path):
 
 
 def test_gates_that_all_decide_the_same_are_named():
-    assert reports.collapsed([0.5, 0.9, 0.1], [0.7] * 3) is None
-    assert reports.collapsed([1.0, 0.0], [0.95, 0.05]) is None  # close to their targets
-    warning = reports.collapsed([1.0, 0.6, 0.0], [0.6] * 3)
+    assert reports.collapsed_warning([0.5, 0.9, 0.1], [0.7] * 3) is None
+    assert reports.collapsed_warning([1.0, 0.0], [0.95, 0.05]) is None  # close to their targets
+    warning = reports.collapsed_warning([1.0, 0.6, 0.0], [0.6] * 3)
     assert "2 of 3 gates" in warning
     assert "1 (open, target 0.6), 3 (closed, target 0.6)" in warning
 
