@@ -403,7 +403,7 @@ def test_given_a_batch_it_chooses_a_form_and_the_outputs_stay(monkeypatch):
     model, x = cifar(), images(3, (32, 32))
     chosen = []
     for times in ([1, 2], [2, 1]):
-        monkeypatch.setattr(inference, "seconds", lambda network, images, times=times: times.pop(0))
+        monkeypatch.setattr(inference, "time_forward", lambda network, images, times=times: times.pop(0))
         fast = inference.accelerate(model, x)
         chosen.append(fast.conditional)
         assert_same(model, fast, x)
