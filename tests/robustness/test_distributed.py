@@ -19,7 +19,7 @@ from steps import train as train_epochs
 from torch import nn
 
 import train
-from aig import distributed, engine, inference, runs
+from aig import distributed, inference, runs
 from aig.checkpoint import load_checkpoint
 from aig.data import SmallImageLoader, SmallImages
 from aig.evaluation import evaluate
@@ -73,7 +73,7 @@ def take_step(model, images, labels, count, *, parts=1, lossfact=2, lr=0.0, scal
     objective = Objective(RATES, lossfact, (1,), world=world, **(BEYOND if lossfact is None else {}))
     state = State(model, torch.optim.SGD(model.parameters(), lr), scaler, 1, world)
     noise = draw_noise(model.num_gates, count, images)[:, world.shard(count)]
-    for x, y, g in engine.split(network, images, labels, noise, parts):
+    for x, y, g in distributed.batch_parts(network, images, labels, noise, parts):
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             logits, gates = network(x, noise=g)
         loss, sums = objective(logits, y, gates, count, images=x)
