@@ -167,7 +167,7 @@ def test_noise_is_that_of_the_step_whatever_came_before_and_however_many_process
 
 def test_split_gives_every_image_its_label_and_noise_once():
     images, labels, noise = torch.arange(7.0), torch.arange(7), torch.arange(21.0).view(3, 7)
-    parts = list(engine.split(torch.nn.Identity(), images, labels, noise, 3))
+    parts = list(distributed.batch_parts(torch.nn.Identity(), images, labels, noise, 3))
     assert [len(part[0]) for part in parts] == [3, 2, 2]
     assert torch.equal(torch.cat([part[0] for part in parts]), images)
     assert torch.equal(torch.cat([part[1] for part in parts]), labels)
@@ -191,7 +191,8 @@ class Exchanging(torch.nn.parallel.DistributedDataParallel):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_processes_exchange_gradients_after_the_last_part_only(parts):
     network, values = Exchanging(), torch.arange(7)
-    exchanges = [network.exchanges for _ in engine.split(network, values, values, values.expand(3, 7), parts)]
+    pieces = distributed.batch_parts(network, values, values, values.expand(3, 7), parts)
+    exchanges = [network.exchanges for _ in pieces]
     assert exchanges == [False] * (parts - 1) + [True]
 
 

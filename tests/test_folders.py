@@ -459,5 +459,5 @@ def test_a_wrong_path_is_not_asked_of_the_hub(tmp_path, monkeypatch):
 
 def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install \"convnet-aig\[hub\]\""):
+    with pytest.raises(InputError, match="pip install huggingface_hub"):
         aig.load("owner/name")
