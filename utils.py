@@ -366,6 +366,8 @@ def make_recipe(
     if args.distill:
         taught = networks.read_pretrained(args.distill, vars(args).get("arch"))
         weights = networks.digest(taught.state)
+        if "distill_sha256" in files.recorded(checkpoint):  # as version 0.1.0 recorded it
+            say(f"{args.resume} is of an earlier version: whether {args.distill} is its teacher cannot be checked")
         if files.recorded(checkpoint).get("distill_weights", weights) != weights:
             how = "name that one with --distill"
             raise InputError(f"{args.distill} is not the teacher that this run began with: {how}")

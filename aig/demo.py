@@ -156,7 +156,7 @@ def require_gradio() -> ModuleType:
     try:
         import gradio
     except ImportError as error:
-        raise InputError(f'the page needs Gradio ({error}): pip install gradio') from error
+        raise InputError(f"the page needs Gradio ({error}): pip install gradio") from error
     return gradio
 
 

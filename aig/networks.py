@@ -167,7 +167,7 @@ def digest(state: dict[str, Tensor]) -> str:
     """A SHA-256 of weights, by which results know the network that they are of."""
     found = hashlib.sha256()
     for name, value in sorted(state.items()):
-        found.update(name.encode() + value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -428,7 +428,7 @@ def load_teacher(
         raise InputError(f"the teacher {source} knows {known} classes, but the images have {len(loader.classes)}")
     if own.get("classes", loader.classes) != loader.classes:
         raise InputError(f"the classes of the teacher {source} are not those of the images")
-    network = model.to(device).eval()
+    network = model.to(device, memory_format=torch.channels_last).eval()
     if dtype is None:
         network = accelerate(network)
         network.conditional = False  # to skip it would wait for the device

@@ -8,11 +8,11 @@ This file is the protocol, committed before its first training; on 2026-11-25, b
 `majority-free` and the rules for comparing nets of different cost were added, and all arms began anew with convolutions
 in bfloat16 (tests are in float32), which takes two thirds of the time. CIFAR-10 as JPEG at quality 75: 45,000
 images to train on, 5,000 held out, on which thresholds are chosen. The test images are looked at after the last epoch,
-the one that counts. Every arm has 90 epochs in all, two seeds, the same cosine schedule, Nesterov's momentum, weight
-decay and batches. The recipe for gates and the learning rate of what starts from the teacher are the pilot's
-(results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from scratch was not tuned. The teacher
-is a plain ResNet-20 of 60 epochs; what starts from it has 30 more. In this order, so that what is there when it has to
-stop is worth having:
+the one that counts. Every arm but the teacher has 90 epochs in all, two seeds, the same cosine schedule, Nesterov's
+momentum, weight decay and batches. The recipe for gates and the learning rate of what starts from the teacher are the
+pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from scratch was not tuned. The
+teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more. In this order, so that what is there when it
+has to stop is worth having:
 
     teacher, control            the dense net, and 30 epochs more of it
     budget 0.75, 0.6, 0.45      gated from the teacher, which also teaches

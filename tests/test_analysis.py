@@ -174,7 +174,9 @@ def test_the_origin_of_the_numbers_is_kept(analyzed):
 
 
 def test_thresholds_of_a_budget_are_a_mark_on_the_curve(run, runs, tmp_path):
+    state = torch.load(runs / "aig" / BEST, weights_only=True)
     shutil.copytree(runs / "aig", tmp_path / "aig")
+    torch.save({**state, "args": {**state["args"], "gate_mode": "sample"}}, tmp_path / "aig" / BEST)
     command = ["--resume", tmp_path / "aig", "--budget", 0.7, "--only", "curve", "--thresholds", 0.3]
     command += ["--compare", runs / "plain", "--out", tmp_path / "out"]
     status, _, err = run(main, *command)
@@ -186,7 +188,8 @@ def test_thresholds_of_a_budget_are_a_mark_on_the_curve(run, runs, tmp_path):
     entry["epoch"] = load_checkpoint(tmp_path / "aig" / BEST)["epoch"] - 1
     path.write_text(json.dumps({**tests, "argmax@budget=0.7": entry}))
     assert run(main, *command)[0] == 0
-    assert json.loads((tmp_path / "out" / SUMMARY).read_text())["curve"]["threshold"] == thresholds
+    summary = json.loads((tmp_path / "out" / SUMMARY).read_text())["curve"]
+    assert (summary["threshold"], summary["gate_mode"]) == (thresholds, "argmax")
     rows = [(row["run"], row["mode"], row["threshold"]) for row in read_csv(tmp_path / "out" / "curve.csv")]
     assert rows[:2] == [("aig", "argmax", "0.3"), ("aig", "argmax", "nan")]
     assert ("plain", "argmax", "0.5") in rows

@@ -369,6 +369,8 @@ def test_a_checkpoints_normalisation_and_classes_are_kept():
 
 
 def test_a_further_data_set_is_one_entry(monkeypatch):
+    with pytest.raises(ValueError, match=r"augmentation 'flip': choose from crop, crop\+flip"):
+        data.Source(random_images, "flip", None, 16)
     made = data.Source(lambda root, train: random_images(12 if train else 6, 16, 3), "crop", None, 16)
     monkeypatch.setitem(DATASETS, "stripes", made)
     loaders = data.open_loaders(Choice("stripes"), Batching(4))

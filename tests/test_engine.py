@@ -165,7 +165,7 @@ def test_noise_is_that_of_the_step_whatever_came_before_and_however_many_process
         assert not torch.equal(engine.step_noise(model, images, 7, other, World()), whole)
 
 
-def test_split_gives_every_image_its_label_and_noise_once():
+def test_parts_give_every_image_its_label_and_noise_once():
     images, labels, noise = torch.arange(7.0), torch.arange(7), torch.arange(21.0).view(3, 7)
     parts = list(distributed.batch_parts(torch.nn.Identity(), images, labels, noise, 3))
     assert [len(part[0]) for part in parts] == [3, 2, 2]
@@ -414,20 +414,30 @@ def test_a_network_that_is_not_finite_after_an_epoch_is_neither_recorded_nor_sav
     assert (run.records, run.saved) == ([], [])
 
 
-def taught():
+def taught(amp="off"):
     """A budget, and a teacher as `networks.load_teacher` makes it."""
-    network = accelerate(small_net(rates=[1, 1, 1]).eval())
-    network.conditional = False
+    network, dtype = small_net(rates=[1, 0.5, 1]).eval(), engine.AMP[amp]
+    if dtype is None:
+        network = accelerate(network)
+        network.conditional = False
+
+    @torch.no_grad()
+    def teacher(images):
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+            return network.to(images.device)(images)[0].float()
+
     return {
         "budget": Budget(0.5, 7, 0.1, torch.tensor([0.2, 0.3, 0.4]), floor=0.3),
-        "distillation": Distillation(lambda images: network.to(images.device)(images)[0]),
+        "distillation": Distillation(teacher),
         "target_warmup": 0.5,
+        "amp": amp,
     }
 
 
 SETTINGS = [
     {"amp": "off"},
     taught(),
+    taught("bf16"),
     {"amp": "bf16", "accumulate": 2, "target_warmup": 3, "warmup": 2},
     {"amp": "fp16", "fused": True, "momentum": 0.9},
 ]

@@ -389,6 +389,18 @@ def test_a_test_at_a_budget_is_in_argmax_whatever_the_run_was_validated_in(run, 
     assert runs.read_json(tmp_path / "run" / runs.TEST).keys() == {"argmax@budget=0.75"}
 
 
+def test_a_teacher_runs_in_the_precision_of_amp(monkeypatch, run, tuned, fitted, tmp_path):
+    asked = []
+    monkeypatch.setattr(utils.networks, "load_teacher", lambda *args: asked.append(args[-1]))
+    command = ["--dataset", "digits", "--depth", 8, "--val-size", 200, "--save", tmp_path, "--device", "cpu"]
+    for amp in ("off", "bf16"):
+        assert run(train.main, *command, "--distill", tuned / "plain", "--amp", amp, "--expname", amp)[0] == 0
+    assert asked == [None, torch.bfloat16]
+    old = resume_altered(tuned / "gated", tmp_path / "old", distill_sha256="x", distill=str(tuned / "plain"))
+    _, out, _ = run(train.main, "--resume", old, "--device", "cpu")
+    assert f"whether {tuned / 'plain'} is its teacher cannot be checked" in out
+
+
 def test_a_run_says_what_its_start_gave_and_whether_images_were_held_out(run, tuned, tmp_path):
     plain = runs.read_records(tuned / "plain")
     common = ["--dataset", "digits", "--depth", 8, "--epochs", 1, "--save", tmp_path, "--device", "cpu"]
@@ -561,15 +573,15 @@ def test_bfloat16_learns_the_digits_like_float32(run, tmp_path):
     assert load_checkpoint(tmp_path / "bf16" / CHECKPOINT)["args"]["amp"] == "bf16"
 
 
-# ---------------------------------------------------------------------------------------------- stochastic depth
-
-
 def test_where_visdom_is_missing_the_training_goes_on(monkeypatch, run, fitted, tmp_path):
     monkeypatch.setitem(sys.modules, "visdom", None)  # Python then reports that there is no such module
     status, _, err = run(train.main, *DIGITS, "--visdom", "--save", tmp_path, "--expname", "run")
     assert status == 0
     assert "--visdom: visdom is not installed: see the README" in err
     assert len(fitted) == 1
+
+
+# ---------------------------------------------------------------------------------------------- stochastic depth
 
 
 def test_stochastic_depth_drops_branches_at_its_rate_and_only_in_training():

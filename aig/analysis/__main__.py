@@ -85,11 +85,14 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
     path = str(files.checkpoint_in(run, *files.TRAINED))
     checkpoint, given = files.load_checkpoint(path), parser.given(argv)
     own, following = files.recorded(checkpoint), checkpoint.get("epoch")
+    args = parser.parse_args(argv)
     if own.get("gate_mode") in RUNS_EVERYTHING and "gate_mode" not in given:
-        how = f"records gate mode {own['gate_mode']}, which runs every branch: add --gate-mode argmax"
-        raise InputError(f"{path} {how}")
+        if not args.budget and min(own.get("block_rates", [0])) < 1:
+            how = f"records gate mode {own['gate_mode']}, which runs every branch: add --gate-mode argmax"
+            raise InputError(f"{path} {how}")
+        own = {**own, "gate_mode": "argmax"}  # the budget's, or the same as any other without gates
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)
-    flags = {**vars(parser.parse_args(argv)), **inherited}
+    flags = {**vars(args), **inherited}
     epoch = following - 1 if isinstance(following, int) else None
     return argparse.Namespace(**flags, path=path, recorded=own, epoch=epoch)
 
