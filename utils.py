@@ -402,7 +402,7 @@ def run(
     """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
     if checkpoint:
         rates = files.recorded(checkpoint).get("block_rates", model.target_rates)
-        if args.budget and not args.test and min(rates) == 1:
+        if args.budget and not args.test and all(rate == 1 for rate in rates):
             raise InputError(f"--budget: {args.resume} has no gates; start a new run with --pretrained {args.resume}")
         if [rate < 1 for rate in rates] != [rate < 1 for rate in model.target_rates]:
             raise InputError(f"with these target rates other blocks have gates than in {args.resume}: leave them out")

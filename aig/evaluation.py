@@ -294,7 +294,7 @@ def describe_compute(result: dict[str, Any], budget: float | None, masked: bool)
         f"    5 % of the images below {quantile['0.05']}, 50 % below {quantile['0.5']}, 95 % below {quantile['0.95']}; "
         f"least {quantile['0']}, most {quantile['1']}",
         f"    in the paper's convention {result['macs_paper'] / 1e6:.2f}: the dense net's x execution rate "
-        f"(its FLOPs on CIFAR are twice that)",
+        "(its FLOPs on CIFAR are twice that)",
     ]
 
 

@@ -87,7 +87,7 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
     own, following = files.recorded(checkpoint), checkpoint.get("epoch")
     args = parser.parse_args(argv)
     if own.get("gate_mode") in RUNS_EVERYTHING and "gate_mode" not in given:
-        if not args.budget and min(own.get("block_rates", [0])) < 1:
+        if not args.budget and any(rate < 1 for rate in own.get("block_rates", [0])):
             how = f"records gate mode {own['gate_mode']}, which runs every branch: add --gate-mode argmax"
             raise InputError(f"{path} {how}")
         own = {**own, "gate_mode": "argmax"}  # the budget's, or the same as any other without gates
