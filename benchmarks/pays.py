@@ -6,13 +6,16 @@
 
 This file is the protocol, committed before its first training; on 2026-11-25, before anything was tested,
 `majority-free` and the rules for comparing nets of different cost were added, and all arms began anew with convolutions
-in bfloat16 (tests are in float32), which takes two thirds of the time. CIFAR-10 as JPEG at quality 75: 45,000
-images to train on, 5,000 held out, on which thresholds are chosen. The test images are looked at after the last epoch,
-the one that counts. Every arm but the teacher has 90 epochs in all, two seeds, the same cosine schedule, Nesterov's
-momentum, weight decay and batches. The recipe for gates and the learning rate of what starts from the teacher are the
-pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from scratch was not tuned. The
-teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more. In this order, so that what is there when it
-has to stop is worth having:
+in bfloat16 (tests are in float32), which takes two thirds of the time. On 2026-11-27 the weights of the first teachers
+were lost with their machine, when only these and their controls were trained: both arms are trained anew, by the same
+commands, and the teachers come with the repository as model folders.
+
+CIFAR-10 as JPEG at quality 75: 45,000 images to train on, 5,000 held out, on which thresholds are chosen. The test
+images are looked at after the last epoch, the one that counts. Every arm but the teacher has 90 epochs in all, two
+seeds, the same cosine schedule, Nesterov's momentum, weight decay and batches. The recipe for gates and the learning
+rate of what starts from the teacher are the pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The
+0.1 of nets from scratch was not tuned. The teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more.
+In this order, so that what is there when it has to stop is worth having:
 
     teacher, control            the dense net, and 30 epochs more of it
     budget 0.75, 0.6, 0.45      gated from the teacher, which also teaches
@@ -72,10 +75,14 @@ CALIBRATED = {budget: f"argmax@budget={budget}" for budget in BUDGETS}
 SURE = 1e-6  # how far from 0 and 1 the P(open) of a fixed gate stays
 
 
+def teacher_folder(seed: int) -> str:
+    """The model folder of a teacher: `aig.export --resume runs/pays-teacher-sN/checkpoint.pth.tar` has written it."""
+    return f"results/model/resnet20-cifar10-jpeg-s{seed}"
+
+
 def stages(seed: int) -> list[dict[str, str]]:
     """The trainings of a seed, each stage after the one before: name -> flags."""
-    teacher = f"runs/pays-teacher-s{seed}/{CHECKPOINT}"
-    start, taught = f"{TUNED} --pretrained {teacher}", f"--distill {teacher}"
+    start, taught = f"{TUNED} --pretrained {teacher_folder(seed)}", f"--distill {teacher_folder(seed)}"
     gated = {f"budget{budget}": f"{start} {GATES} --budget {budget} --no-budget-floor {taught}" for budget in BUDGETS}
     gated["rates"] = f"{start} {GATES} --target 0.7 {taught}"
     gated["floor"] = f"{start} {GATES} --budget 0.6 {taught}"
@@ -126,7 +133,7 @@ def prepare(name: str) -> None:
         raise InputError(f"pays-{IMITATED[arm]}-s{seed} has to be trained first: its gates are to be imitated")
     rates = records[-1]["val"]["gates"]  # in mode argmax, on the images held out
     chances = rates if arm == "random" else [float(rate > 0.5) for rate in rates]
-    model = with_fixed_gates(ROOT / "runs" / f"pays-teacher-s{seed}" / CHECKPOINT, chances)
+    model = with_fixed_gates(ROOT / teacher_folder(int(seed)), chances)
     path = fixed_file(arm, int(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

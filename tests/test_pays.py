@@ -9,6 +9,7 @@ from steps import small_net, unsettle_norms
 import aig
 from aig.checkpoint import CHECKPOINT
 from aig.console import InputError
+from aig.images import Preprocess
 from benchmarks import pays
 
 
@@ -115,10 +116,11 @@ def test_what_is_half_tested_is_left_out(tmp_path, keep):
 
 def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatch):
     monkeypatch.setattr(pays, "ROOT", tmp_path)
-    for name in ("teacher", "floor", "budget0.6"):
+    for name in ("floor", "budget0.6"):
         (tmp_path / "runs" / f"pays-{name}-s1").mkdir(parents=True)
     plain = small_net(rates=[1, 1, 1])
-    torch.save({"state_dict": plain.state_dict()}, tmp_path / "runs" / "pays-teacher-s1" / CHECKPOINT)
+    plain.classes, plain.preprocess = list("abcd"), Preprocess(8, (0.5,) * 3, (0.5,) * 3, False)
+    aig.save(plain, tmp_path / pays.teacher_folder(1))
     with pytest.raises(InputError, match="pays-floor-s1 has to be trained first"):
         pays.prepare("pays-majority-s1")
     for name, gates in (("floor", [0.3, 1, 0.8]), ("budget0.6", [1, 0, 0.2])):
