@@ -23,9 +23,16 @@ def aig_resnet20_cifar10_jpeg(pretrained: bool = True):
     Raises:
         ValueError: with pretrained=False.
     """
-    if not pretrained:
-        raise ValueError("this is the trained network: for new weights take ResNet_cifar of convnet_aig.py")
-    return _aig.load(_FOLDER / "aig20-cifar10-jpeg")
+    return _released("aig20-cifar10-jpeg", pretrained)
+
+
+def resnet20_cifar10_jpeg(pretrained: bool = True):
+    """The ResNet-20 without gates from which aig_resnet20_cifar10_jpeg was trained.
+
+    Raises:
+        ValueError: with pretrained=False.
+    """
+    return _released("resnet20-cifar10-jpeg-s1", pretrained)
 
 
 def convnet_aig_50(pretrained: bool = False, target_rates=0.7, num_classes: int = 1000):
@@ -67,6 +74,12 @@ def resnet_101(pretrained: bool = False, num_classes: int = 1000):
 def resnet_152(pretrained: bool = False, num_classes: int = 1000):
     """The twin of convnet_aig_152 without gates; otherwise as resnet_50."""
     return _plain(152, pretrained, num_classes)
+
+
+def _released(name, pretrained):
+    if not pretrained:
+        raise ValueError("this is the trained network: for new weights take ResNet_cifar of convnet_aig.py")
+    return _aig.load(_FOLDER / name)
 
 
 def _gated(depth, pretrained, target_rates, num_classes):

@@ -22,21 +22,24 @@ def entry_points():
     return {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
 
 
-def test_the_trained_network_is_the_one_in_the_repository():
-    found, wanted = hub("aig_resnet20_cifar10_jpeg"), aig.load(ROOT / "results" / "model" / "aig20-cifar10-jpeg")
+RELEASED = {"aig_resnet20_cifar10_jpeg": "aig20-cifar10-jpeg", "resnet20_cifar10_jpeg": "resnet20-cifar10-jpeg-s1"}
+
+
+@pytest.mark.parametrize(("name", "folder"), RELEASED.items())
+def test_the_trained_networks_are_those_in_the_repository(name, folder):
+    found, wanted = hub(name), aig.load(ROOT / "results" / "model" / folder)
     images = torch.randn(8, 3, 32, 32)
     with torch.no_grad():
         (logits, gates), (others, opened) = found(images), wanted(images)
     assert torch.equal(logits, others)
     assert all(map(torch.equal, gates, opened))
     with pytest.raises(ValueError, match="this is the trained network"):
-        hub("aig_resnet20_cifar10_jpeg", pretrained=False)
+        hub(name, pretrained=False)
 
 
 def test_there_is_an_entry_for_each_network_and_its_twin():
-    released = {"aig_resnet20_cifar10_jpeg"}
     pairs = {f"{kind}_{depth}" for kind in ("convnet_aig", "resnet") for depth in (50, 101, 152)}
-    assert entry_points() == released | pairs
+    assert entry_points() == RELEASED.keys() | pairs
     assert all(getattr(hubconf, name).__doc__ for name in entry_points())
 
 
