@@ -57,7 +57,7 @@ from aig.checkpoint import CHECKPOINT, TEST
 from aig.console import InputError, run_command
 from aig.networks import gate
 from aig.runs import atomic_write, read_json, read_records
-from benchmarks.runner import ROOT, follow_or_print
+from benchmarks.runner import ROOT, RUNS, follow_or_print
 from convnet_aig import log_odds
 
 SEEDS = (1, 2)
@@ -128,7 +128,8 @@ def prepare(name: str) -> None:
     arm, seed = name.removeprefix("pays-").rsplit("-s", 1)
     if arm not in IMITATED:
         return
-    records = read_records(ROOT / "runs" / f"pays-{IMITATED[arm]}-s{seed}")
+    places = (ROOT / "runs", ROOT / "results" / RUNS)  # where it was trained, or else what is kept of it
+    records = next(filter(None, (read_records(place / f"pays-{IMITATED[arm]}-s{seed}") for place in places)), None)
     if not records:
         raise InputError(f"pays-{IMITATED[arm]}-s{seed} has to be trained first: its gates are to be imitated")
     rates = records[-1]["val"]["gates"]  # in mode argmax, on the images held out

@@ -116,16 +116,16 @@ def test_what_is_half_tested_is_left_out(tmp_path, keep):
 
 def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatch):
     monkeypatch.setattr(pays, "ROOT", tmp_path)
-    for name in ("floor", "budget0.6"):
-        (tmp_path / "runs" / f"pays-{name}-s1").mkdir(parents=True)
     plain = small_net(rates=[1, 1, 1])
     plain.classes, plain.preprocess = list("abcd"), Preprocess(8, (0.5,) * 3, (0.5,) * 3, False)
     aig.save(plain, tmp_path / pays.teacher_folder(1))
     with pytest.raises(InputError, match="pays-floor-s1 has to be trained first"):
         pays.prepare("pays-majority-s1")
-    for name, gates in (("floor", [0.3, 1, 0.8]), ("budget0.6", [1, 0, 0.2])):
+    # the second was trained on another machine: its records are kept, its run is not there
+    for name, gates in (("runs/pays-floor-s1", [0.3, 1, 0.8]), ("results/runs/pays-budget0.6-s1", [1, 0, 0.2])):
+        (tmp_path / name).mkdir(parents=True)
         record = json.dumps({"epoch": 30, "val": {"gates": gates}})
-        (tmp_path / "runs" / f"pays-{name}-s1" / "metrics.jsonl").write_text(record + "\n")
+        (tmp_path / name / "metrics.jsonl").write_text(record + "\n")
     opened = {}
     for arm in pays.IMITATED:
         pays.prepare(f"pays-{arm}-s1")

@@ -1,4 +1,4 @@
-"""The trained network in results/model loads, decides as it did when it was released, and its card tells the truth."""
+"""The trained networks in results/model load and decide as they did when released, and their cards tell the truth."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,11 @@ from aig.images import read_image
 from aig.runs import TEST
 
 FOLDER = Path(__file__).parent.parent / "results" / "model" / "aig20-cifar10-jpeg"
-RUN = FOLDER.parent.parent / "runs" / "full-aig-t0.7"
+RUNS = {  # of each folder, the run that it is from
+    "aig20-cifar10-jpeg": "full-aig-t0.7",
+    "aig20-cifar10-jpeg-budget0.6": "pays-budget0.6-s1",
+    "resnet20-cifar10-jpeg-s1": "pays-teacher-s1",
+}
 AIRPLANE, PROBABILITY, GRAPH = 0, 0.6963, "111011111"  # for `picture`, when it was released
 
 
@@ -68,17 +72,22 @@ def test_a_newcomer_sees_a_graph_in_one_command(tmp_path, capsys):
     assert read_image(str(tmp_path / "out" / "graphs.png")).size[0] > 500
 
 
-def test_the_card_gives_the_numbers_of_the_run():
-    card, tested = (FOLDER / CARD).read_text(), json.loads((RUN / TEST).read_text())
-    for mode in ("argmax", "sample", "expected", "all"):
-        result = tested[mode]
+@pytest.mark.parametrize(("folder", "run"), RUNS.items())
+def test_the_card_gives_the_numbers_of_the_run(folder, run):
+    folder, run = FOLDER.parent / folder, FOLDER.parent.parent / "runs" / run
+    card, tested = (folder / CARD).read_text(), json.loads((run / TEST).read_text())
+    for mode, result in tested.items():
         assert f"| `{mode}` | {result['top1']:.2f}" in card
         assert f"| {result['execution_rate']:.3f} | {result['macs_fraction']:.3f} |" in card
-    assert load_checkpoint(FOLDER / WEIGHTS)["epoch"] - 1 == tested["argmax"]["epoch"]
-    assert (FOLDER / WEIGHTS).stat().st_size < 2e6
-    assert f"{sum(value.numel() for value in aig.load(FOLDER).parameters()):,} parameters" in card
-    recorded = json.loads((RUN / "args.json").read_text())
+    assert load_checkpoint(folder / WEIGHTS)["epoch"] - 1 == tested["argmax"]["epoch"]
+    assert (folder / WEIGHTS).stat().st_size < 2e6
+    assert f"{sum(value.numel() for value in aig.load(folder).parameters()):,} parameters" in card
+    recorded = json.loads((run / "args.json").read_text())
     assert recorded["commands"][0] in card
-    flags = json.loads((FOLDER / CONFIG).read_text())["flags"]
+    flags = json.loads((folder / CONFIG).read_text())["flags"]
     assert flags == {name: recorded[name] for name in flags}
+
+
+def test_every_network_of_the_repository_is_tested_here():
+    assert RUNS.keys() == {path.parent.name for path in FOLDER.parent.glob(f"*/{WEIGHTS}")}
 
