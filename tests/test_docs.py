@@ -181,9 +181,15 @@ def test_the_readme_is_short_and_leads_to_every_page():
 
 
 def test_the_readme_has_the_numbers_of_the_runs():
-    """Error, branches run and multiply-accumulates of the two trainings on all images."""
+    """Error, branches run and multiply-accumulates of the trainings on all images."""
     text = README.read_text()
-    for run, mode in (("full-plain", "argmax"), ("full-aig-t0.7", "argmax"), ("full-aig-t0.7", "sample")):
+    runs = {
+        "full-plain": ["argmax"],
+        "full-aig-t0.7": ["argmax", "sample"],
+        "pays-teacher-s1": ["argmax"],
+        "pays-budget0.6-s1": ["argmax@budget=0.6"],
+    }
+    for run, mode in ((run, mode) for run, modes in runs.items() for mode in modes):
         result = json.loads((ROOT / "results" / "runs" / run / "test.json").read_text())[mode]
         numbers = [f"{100 - result['top1']:.2f}", f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}"]
         assert f"| {' | '.join(numbers)} |".replace("1.000", "1") in text
