@@ -27,7 +27,7 @@ def aig_resnet20_cifar10_jpeg(pretrained: bool = True):
 
 
 def resnet20_cifar10_jpeg(pretrained: bool = True):
-    """The ResNet-20 without gates from which aig_resnet20_cifar10_jpeg was trained.
+    """ResNet-20 without gates for the same images, trained much longer: the teacher of results/pays.md.
 
     Raises:
         ValueError: with pretrained=False.

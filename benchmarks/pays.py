@@ -76,7 +76,7 @@ SURE = 1e-6  # how far from 0 and 1 the P(open) of a fixed gate stays
 
 
 def teacher_folder(seed: int) -> str:
-    """The model folder of a teacher: `aig.export --resume runs/pays-teacher-sN/checkpoint.pth.tar` has written it."""
+    """The model folder of a teacher, below the root of the repository."""
     return f"results/model/resnet20-cifar10-jpeg-s{seed}"
 
 
@@ -123,18 +123,22 @@ def fixed_file(name: str, seed: int) -> Path:
 def prepare(name: str) -> None:
     """Makes what a training starts from, if that is none of the others: the teacher with gates that ignore the image.
 
-    Raises InputError if the net whose gates are to be imitated is missing.
+    Raises InputError if the teacher, or the net whose gates are to be imitated, is missing.
     """
     arm, seed = name.removeprefix("pays-").rsplit("-s", 1)
+    folder = teacher_folder(int(seed))
+    if arm != "teacher" and not (ROOT / folder).exists():
+        command = f"--resume runs/pays-teacher-s{seed}/{CHECKPOINT} --folder {folder} --licence mit"
+        raise InputError(f"no {folder}: write it with python -m aig.export {command}")
     if arm not in IMITATED:
         return
-    places = (ROOT / "runs", ROOT / "results" / RUNS)  # where it was trained, or else what is kept of it
-    records = next(filter(None, (read_records(place / f"pays-{IMITATED[arm]}-s{seed}") for place in places)), None)
+    places = (ROOT, ROOT / "results")  # where it was trained, or else what is kept of it
+    records = next(filter(None, (read_records(at / RUNS / f"pays-{IMITATED[arm]}-s{seed}") for at in places)), None)
     if not records:
         raise InputError(f"pays-{IMITATED[arm]}-s{seed} has to be trained first: its gates are to be imitated")
     rates = records[-1]["val"]["gates"]  # in mode argmax, on the images held out
     chances = rates if arm == "random" else [float(rate > 0.5) for rate in rates]
-    model = with_fixed_gates(ROOT / teacher_folder(int(seed)), chances)
+    model = with_fixed_gates(ROOT / folder, chances)
     path = fixed_file(arm, int(seed))
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:

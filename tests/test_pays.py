@@ -116,6 +116,9 @@ def test_what_is_half_tested_is_left_out(tmp_path, keep):
 
 def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatch):
     monkeypatch.setattr(pays, "ROOT", tmp_path)
+    pays.prepare("pays-teacher-s1")  # starts from nothing
+    with pytest.raises(InputError, match="no results/model/resnet20-cifar10-jpeg-s1: write it with"):
+        pays.prepare("pays-control-s1")
     plain = small_net(rates=[1, 1, 1])
     plain.classes, plain.preprocess = list("abcd"), Preprocess(8, (0.5,) * 3, (0.5,) * 3, False)
     aig.save(plain, tmp_path / pays.teacher_folder(1))
@@ -134,4 +137,3 @@ def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatc
     assert opened["majority"] == pytest.approx([0, 1, 1], abs=1e-4)
     assert opened["majority-free"] == pytest.approx([1, 0, 0], abs=1e-4)
     assert opened["random"] == pytest.approx([0.3, 1, 0.8], abs=1e-4)
-    pays.prepare("pays-teacher-s1")  # starts from nothing

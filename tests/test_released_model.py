@@ -90,4 +90,3 @@ def test_the_card_gives_the_numbers_of_the_run(folder, run):
 
 def test_every_network_of_the_repository_is_tested_here():
     assert RUNS.keys() == {path.parent.name for path in FOLDER.parent.glob(f"*/{WEIGHTS}")}
-
