@@ -314,7 +314,8 @@ def test_extending_by_a_gate(checkout):
     assert "execution rate" in checkout.run(*testing)
     assert checkout.run("python", "-c", GATE_CHECK).startswith("1.000 decide alike, ")
     checkout.run("python", "-c", (
-        "import aig, torch; net = aig.load('runs/linear-gate'); x = torch.randn(64, 3, 8, 8)\n"
+        "import aig, torch; torch.manual_seed(0)  # one draw in ten has no gate that varies\n"
+        "net = aig.load('runs/linear-gate'); x = torch.randn(64, 3, 8, 8)\n"
         "blocks = list(net.blocks()); net.threshold = torch.sigmoid(blocks[1].fc2.bias.diff()).item()\n"
         "for block in blocks: block.fc2.weight.data.normal_()\n"
         "with torch.no_grad(): (a, g), (b, h) = net(x), aig.accelerate(net)(x)\n"
