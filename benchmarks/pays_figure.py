@@ -1,10 +1,11 @@
 """The figure of the long runs: error over multiply-accumulates, and over measured time for an image.
 
     python -m benchmarks.pays_figure --out FILE.png
-    python -m benchmarks.pays_figure --measure --images DIR    # the times first; needs the weights in runs/
+    python -m benchmarks.pays_figure --measure --images DIR    # the times first
 
-For the times the nets of the first seed are exported and run in ONNX Runtime and OpenVINO, test image by test image,
-each with all cores; a net's time is that of its fastest engine. They are kept in results/pays-time.json.
+For the times one net of each arm is exported and run in ONNX Runtime and OpenVINO, test image by test image, each with
+all cores; a net's time is that of its fastest engine. Gated nets need their weights, of any seed, in runs/ or
+results/model. Static nets take as long whatever their weights. The times are kept in results/pays-time.json.
 """
 
 from __future__ import annotations
@@ -24,15 +25,16 @@ from tqdm import tqdm
 
 import aig
 from aig.analysis.figures import COLOURS, MARKERS, STYLE
-from aig.checkpoint import CHECKPOINT, TEST
+from aig.checkpoint import CHECKPOINT, TEST, WEIGHTS
 from aig.console import InputError, Parser, number, run_command
 from aig.runs import read_json, write_json
 from aig.runtime import ENGINES
-from benchmarks.pays import CALIBRATED, IMITATED, SEEDS, STATIC, results, static_points
+from benchmarks.pays import CALIBRATED, IMITATED, SEEDS, STATIC, results, static_points, teacher_folder
 from benchmarks.runner import ROOT, RUNS
 from benchmarks.timing import where
+from convnet_aig import BasicBlock, ResNet_cifar
 
-TIMES, DENSE = "pays-time.json", "argmax"
+TIMES, DENSE, TAUGHT = "pays-time.json", "argmax", "-taught"
 CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
     "gated, to a budget": [(f"budget{budget}", mode) for budget, mode in CALIBRATED.items()],
     "gated, with a floor": [("floor", mode) for mode in CALIBRATED.values()],
@@ -41,7 +43,7 @@ CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
     "always the same blocks": [("majority-free", DENSE), ("majority", DENSE)],
     "random blocks": [("random", "sample")],
     "static nets": [(arm, DENSE) for arm in STATIC],
-    "static nets, taught": [(f"{arm}-taught", DENSE) for arm in STATIC],
+    "static nets, taught": [(f"{arm}{TAUGHT}", DENSE) for arm in STATIC],
 }
 Point = tuple[float, float, float, float]  # cost, and the error in percent: the seeds' mean, lowest, highest
 
@@ -49,31 +51,53 @@ Point = tuple[float, float, float, float]  # cost, and the error in percent: the
 # ---------------------------------------------------------------------------------------------- times
 
 
-def networks() -> Iterator[tuple[str, str, torch.nn.Module]]:
-    """Arm, mode and network of what is exported: those of the first seed that were tested and whose weights are there.
+def networks(folder: Path) -> Iterator[tuple[str, str, torch.nn.Module]]:
+    """Arm, mode and network of what is exported: of what was tested, all static nets, and gated ones with weights.
 
     Those with fixed gates are left out: as files for gates they would be slower than the static nets that they are.
     """
-    for arm, mode in (each for curve in CURVES.values() for each in curve):
-        path = ROOT / RUNS / f"pays-{arm}-s{SEEDS[0]}" / CHECKPOINT
-        if path.exists() and mode in read_json(path.parent / TEST) and arm not in IMITATED:
+    tested = ((arm, mode) for curve in CURVES.values() for arm, mode in curve if points(folder, [(arm, mode)], None))
+    for arm, mode in dict.fromkeys((arm.removesuffix(TAUGHT), mode) for arm, mode in tested if arm not in IMITATED):
+        if arm in STATIC:
+            yield arm, mode, static_net(20 if arm == "control" else int(arm.removeprefix("resnet")))
+        elif path := weights(arm, mode):
             budget = mode.partition("=")[2]
             yield arm, mode, aig.load(path, budget=float(budget) if budget else None)
 
 
-def measure(images: Sequence[Path], rounds: int) -> dict[str, dict]:
+def static_net(depth: int) -> torch.nn.Module:
+    """A plain network, not trained."""
+    blocks = (depth - 2) // 6
+    model = ResNet_cifar(BasicBlock, (blocks,) * 3, target_rates=[1] * (3 * blocks)).eval()
+    model.preprocess = aig.load(ROOT / teacher_folder(SEEDS[0])).preprocess
+    return model
+
+
+def weights(arm: str, mode: str) -> Path | None:
+    """Where the weights of an arm are that were tested in this mode."""
+    runs = [ROOT / RUNS / f"pays-{arm}-s{seed}" / CHECKPOINT for seed in SEEDS]
+    places = [*runs, ROOT / "results" / "model" / f"aig20-cifar10-jpeg-{arm}" / WEIGHTS]
+    return next((path for path in places if path.exists() and mode in read_json(path.with_name(TEST))), None)
+
+
+def measure(folder: Path, images: Sequence[Path], rounds: int) -> dict[str, dict]:
     """Milliseconds for an image, the median over the rounds: {engine: {arm: {mode: value}}}. The nets take turns.
+
+    Args:
+        folder: holds what was tested of each run.
+        images: files of images.
+        rounds: how often each net classifies all of them.
 
     Raises InputError if there is nothing to measure.
     """
     found: dict[str, dict] = {}
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as exported:
         files = {}
-        for arm, mode, model in networks():
-            files[arm, mode] = Path(folder) / f"{len(files)}.onnx"
+        for arm, mode, model in networks(folder):
+            files[arm, mode] = Path(exported) / f"{len(files)}.onnx"
             aig.export_onnx(model, files[arm, mode])
         if not files or not images:
-            raise InputError(f"nothing to measure: {len(files)} trained nets in {ROOT / RUNS}, {len(images)} images")
+            raise InputError(f"nothing to measure: {len(files)} networks tested in {folder}, {len(images)} images")
         for engine in ENGINES:
             sessions = {key: aig.Session(path, engine) for key, path in files.items()}
             prepare = next(iter(sessions.values())).preprocess
@@ -98,6 +122,7 @@ def seconds(session: Callable[[np.ndarray], tuple], pixels: Sequence[np.ndarray]
 
 def fastest(times: dict[str, dict], arm: str, mode: str) -> float | None:
     """Milliseconds in the engine that needs least, if they were measured."""
+    arm = arm.removesuffix(TAUGHT)
     measured = [nets[arm][mode] for nets in times.values() if mode in nets.get(arm, {})]
     return min(measured, default=None)
 
@@ -130,7 +155,7 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
             bars = np.where(high > low, [error - low, high - error], np.nan)
             axes.errorbar(cost, error, bars, label=name, markersize=4, linewidth=1, elinewidth=0.7, capsize=2,
                           **style, **hollow)
-    static = {kind: results(folder, kind) for arm in STATIC for kind in (arm, f"{arm}-taught")}
+    static = {kind: results(folder, kind) for arm in STATIC for kind in (arm, f"{arm}{TAUGHT}")}
     if times is None and (line := sorted(static_points(static))):
         axes.plot(*zip(*line, strict=True), color="0.6", linewidth=0.8, zorder=0, label="the better static nets")
     axes.grid(color="0.9", linewidth=0.5)
@@ -148,7 +173,7 @@ def figure(folder: Path, times: dict[str, dict]) -> Figure:
     first.xaxis.set_minor_formatter("{x:g}")
     for axes in second:
         draw(axes, folder, times)
-        axes.set(xlabel="milliseconds for an image (seed 1),\nfaster of ONNX Runtime and OpenVINO")
+        axes.set(xlabel="milliseconds for an image,\nfaster of ONNX Runtime and OpenVINO")
     handles, labels = first.get_legend_handles_labels()
     drawing.suptitle("Bars: from seed to seed", fontsize=7, x=0.99, horizontalalignment="right")
     drawing.legend(handles, labels, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=7)
@@ -172,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.measure:
         files = sorted(args.images.glob("*/*.*")) if args.images else []
         chosen = np.random.default_rng(0).permutation(len(files))[: args.count]
-        times = measure([files[index] for index in chosen], args.rounds)
+        times = measure(args.results / RUNS, [files[index] for index in chosen], args.rounds)
         write_json(kept, {"device": where(torch.device("cpu")), "images": len(chosen), "milliseconds": times})
         print(f"written to {kept}")
     if args.out:

@@ -4,11 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from steps import small_net
 
-from aig.checkpoint import CHECKPOINT
+import aig
 from aig.console import InputError
 from benchmarks import pays_figure
 
@@ -61,24 +59,41 @@ def test_it_does_not_do_nothing(run):
     assert (status, err) == (2, "script: error: nothing to do: add --measure or --out FILE\n")
 
 
-def test_nothing_to_measure_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
-    with pytest.raises(InputError, match="nothing to measure: 0 trained nets in"):
-        pays_figure.measure([], 1)
+def test_nothing_to_measure_is_an_error(tmp_path):
+    with pytest.raises(InputError, match="nothing to measure: 0 networks tested in"):
+        pays_figure.measure(tmp_path, [], 1)
 
 
 @pytest.mark.engine
-def test_nets_whose_weights_are_there_are_measured_in_each_engine(tmp_path, keep, monkeypatch):
+def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch):
     for package in ("onnx", "onnxruntime", "openvino"):
         pytest.importorskip(package)
-    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
-    folder = keep("control", 1, argmax=(40, 14))
-    torch.save({"state_dict": small_net(rates=[1, 1, 1]).state_dict()}, folder / CHECKPOINT)
-    keep("resnet8", 1, argmax=(10, 20))  # without weights
+    keep("resnet8", 2, argmax=(10, 20))  # a static net needs no weights
+    keep("resnet14-taught", 1, argmax=(26, 13))  # and takes as long as without a teacher
+    keep("budget0.6", 1, **{"argmax@budget=0.6": (25, 12)})  # released
+    keep("floor", 1, **{"argmax@budget=0.6": (25, 12)})  # its weights are lost
     images = [tmp_path / f"{index}.png" for index in range(2)]
     for path in images:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
-    taken = iter([0.4, 9, 0.5] * 2)  # seconds for both images
+    taken = iter([0.4, 0.6, 0.1, 9, 9, 9, 0.5, 0.7, 0.2] * 2)  # seconds for both images
     monkeypatch.setattr(pays_figure, "seconds", lambda session, pixels: session(pixels[0]) and next(taken))
-    times = pays_figure.measure(images, rounds=3)
-    assert times == {engine: {"control": {DENSE: 250}} for engine in ("onnxruntime", "openvino")}
+    times = pays_figure.measure(tmp_path / "runs", images, rounds=3)
+    of_each = {"budget0.6": {"argmax@budget=0.6": 250}, "resnet8": {DENSE: 350}, "resnet14": {DENSE: 100}}
+    assert times == dict.fromkeys(("onnxruntime", "openvino"), of_each)
+    assert pays_figure.fastest(times, "resnet14-taught", DENSE) == 100
+
+
+def test_weights_of_a_run_are_found_where_it_was_tested_in_the_mode(tmp_path, monkeypatch):
+    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
+    for seed, mode in ((1, "sample"), (2, "argmax@budget=0.6")):
+        folder = tmp_path / "runs" / f"pays-floor-s{seed}"
+        folder.mkdir(parents=True)
+        (folder / "checkpoint.pth.tar").touch()
+        (folder / "test.json").write_text(json.dumps({mode: {}}))
+    assert pays_figure.weights("floor", "argmax@budget=0.6") == folder / "checkpoint.pth.tar"
+    assert pays_figure.weights("floor", "argmax@budget=0.45") is None
+
+
+@pytest.mark.parametrize(("depth", "mmacs"), [(20, 40.81), (14, 26.66), (8, 12.50)])
+def test_static_nets_are_those_of_the_table(depth, mmacs):
+    assert aig.count_macs(pays_figure.static_net(depth), 32).dense / 1e6 == pytest.approx(mmacs, abs=0.01)
