@@ -1,11 +1,12 @@
-"""The figure of the long runs: error over multiply-accumulates, and over measured time for an image.
+"""The figure of the long trainings: error over multiply-accumulates, and over measured time for an image.
 
     python -m benchmarks.pays_figure --out FILE.png
     python -m benchmarks.pays_figure --measure --images DIR    # the times first
 
 For the times one net of each arm is exported and run in ONNX Runtime and OpenVINO, test image by test image, each with
 all cores; a net's time is that of its fastest engine. Gated nets need their weights, of any seed, in runs/ or
-results/model. Static nets take as long whatever their weights. The times are kept in results/pays-time.json.
+results/model. Static nets take as long whatever their weights; what always runs the same blocks is measured as the
+static net that it is. The times are kept in results/pays-time.json.
 """
 
 from __future__ import annotations
@@ -29,21 +30,23 @@ from aig.checkpoint import CHECKPOINT, TEST, WEIGHTS
 from aig.console import InputError, Parser, number, run_command
 from aig.runs import read_json, write_json
 from aig.runtime import ENGINES
-from benchmarks.pays import CALIBRATED, IMITATED, SEEDS, STATIC, results, static_points, teacher_folder
+from benchmarks.pays import CALIBRATED, IMITATED, MAJORITY, SEEDS, STATIC, TAUGHT, teacher_folder
+from benchmarks.pays_table import results, static_points
 from benchmarks.runner import ROOT, RUNS
 from benchmarks.timing import where
 from convnet_aig import BasicBlock, ResNet_cifar
 
-TIMES, DENSE, TAUGHT = "pays-time.json", "argmax", "-taught"
+TIMES, DENSE = "pays-time.json", "argmax"
 CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
     "gated, to a budget": [(f"budget{budget}", mode) for budget, mode in CALIBRATED.items()],
     "gated, with a floor": [("floor", mode) for mode in CALIBRATED.values()],
     "gated, to target rates": [("rates", mode) for mode in CALIBRATED.values()],
     "AIG from scratch": [("scratch", mode) for mode in CALIBRATED.values()],
-    "always the same blocks": [("majority-free", DENSE), ("majority", DENSE)],
+    "always the same blocks": [(arm, DENSE) for arm in MAJORITY.values()],
+    "the same of the one with a floor": [("majority", DENSE)],
     "random blocks": [("random", "sample")],
     "static nets": [(arm, DENSE) for arm in STATIC],
-    "static nets, taught": [(f"{arm}{TAUGHT}", DENSE) for arm in STATIC],
+    "static nets, taught": [(arm + TAUGHT, DENSE) for arm in STATIC],
 }
 Point = tuple[float, float, float, float]  # cost, and the error in percent: the seeds' mean, lowest, highest
 
@@ -52,23 +55,33 @@ Point = tuple[float, float, float, float]  # cost, and the error in percent: the
 
 
 def networks(folder: Path) -> Iterator[tuple[str, str, torch.nn.Module]]:
-    """Arm, mode and network of what is exported: of what was tested, all static nets, and gated ones with weights.
-
-    Those with fixed gates are left out: as files for gates they would be slower than the static nets that they are.
-    """
-    tested = ((arm, mode) for curve in CURVES.values() for arm, mode in curve if points(folder, [(arm, mode)], None))
-    for arm, mode in dict.fromkeys((arm.removesuffix(TAUGHT), mode) for arm, mode in tested if arm not in IMITATED):
-        if arm in STATIC:
-            yield arm, mode, static_net(20 if arm == "control" else int(arm.removeprefix("resnet")))
-        elif path := weights(arm, mode):
+    """Arm, mode and network of what is exported: of what was tested, all static nets, and gated ones with weights."""
+    modes = dict.fromkeys((arm.removesuffix(TAUGHT), mode) for curve in CURVES.values() for arm, mode in curve)
+    for arm, mode in modes:
+        found = [result[mode] for kind in (arm, arm + TAUGHT) for result in results(folder, kind).values()
+                 if mode in result]
+        if found and (arm in STATIC or (IMITATED.get(arm) and mode == DENSE)):
+            stages = open_blocks(found[0]["gates"])
+            if all(stages):
+                yield arm, mode, static_net(stages)
+        elif found and (path := weights(arm, mode)):
             budget = mode.partition("=")[2]
             yield arm, mode, aig.load(path, budget=float(budget) if budget else None)
 
 
-def static_net(depth: int) -> torch.nn.Module:
-    """A plain network, not trained."""
-    blocks = (depth - 2) // 6
-    model = ResNet_cifar(BasicBlock, (blocks,) * 3, target_rates=[1] * (3 * blocks)).eval()
+def open_blocks(rates: Sequence[float]) -> list[int]:
+    """How many blocks of each of the three stages run; 0 for a stage that cannot do without its first block.
+
+    Args:
+        rates: of each block, 0 or 1.
+    """
+    stages = np.reshape(rates, (3, -1)) > 0.5
+    return [int(each.sum()) if each[0] or index == 0 else 0 for index, each in enumerate(stages)]
+
+
+def static_net(stages: Sequence[int]) -> torch.nn.Module:
+    """A plain network with so many blocks in each stage, not trained."""
+    model = ResNet_cifar(BasicBlock, stages, target_rates=[1] * sum(stages)).eval()
     model.preprocess = aig.load(ROOT / teacher_folder(SEEDS[0])).preprocess
     return model
 
@@ -134,7 +147,7 @@ def points(folder: Path, curve: Sequence[tuple[str, str]], times: dict[str, dict
     """What is known of a curve, over MMACs, or over milliseconds with `times`; by cost."""
     known = []
     for arm, mode in curve:
-        each = [result[mode] for result in results(folder, arm) if mode in result]
+        each = [result[mode] for result in results(folder, arm).values() if mode in result]
         macs = [result["macs_mean"] / 1e6 for result in each]
         cost = fastest(times, arm, mode) if times is not None else statistics.fmean(macs) if macs else None
         errors = [100 - result["top1"] for result in each]
@@ -148,14 +161,14 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
     for index, (name, curve) in enumerate(CURVES.items()):
         if known := points(folder, curve, times):
             cost, error, low, high = np.array(known).T
-            style = {"linestyle": "-", "color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index]}
+            style = {"linestyle": "-", "color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
             if name.startswith("static"):
                 style = {"linestyle": "none", "color": "black", "marker": "o"}
             hollow = {"markerfacecolor": "white"} if "taught" in name else {}
             bars = np.where(high > low, [error - low, high - error], np.nan)
             axes.errorbar(cost, error, bars, label=name, markersize=4, linewidth=1, elinewidth=0.7, capsize=2,
                           **style, **hollow)
-    static = {kind: results(folder, kind) for arm in STATIC for kind in (arm, f"{arm}{TAUGHT}")}
+    static = {kind: results(folder, kind) for arm in STATIC for kind in (arm, arm + TAUGHT)}
     if times is None and (line := sorted(static_points(static))):
         axes.plot(*zip(*line, strict=True), color="0.6", linewidth=0.8, zorder=0, label="the better static nets")
     axes.grid(color="0.9", linewidth=0.5)
@@ -175,7 +188,7 @@ def figure(folder: Path, times: dict[str, dict]) -> Figure:
         draw(axes, folder, times)
         axes.set(xlabel="milliseconds for an image,\nfaster of ONNX Runtime and OpenVINO")
     handles, labels = first.get_legend_handles_labels()
-    drawing.suptitle("Bars: from seed to seed", fontsize=7, x=0.99, horizontalalignment="right")
+    drawing.suptitle("Bars: lowest to highest seed", fontsize=7, x=0.99, horizontalalignment="right")
     drawing.legend(handles, labels, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=7)
     return drawing
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from aig.checkpoint import CHECKPOINT, TEST
 from aig.console import run_command
 from aig.runs import read_json, read_records
-from benchmarks.runner import follow_or_print
+from benchmarks.runner import RUNS, follow, make_parser
 
 TEACHER = f"runs/pilot-teacher/{CHECKPOINT}"
 SHARED = "--batch-size 128 --val-size 5000 --lr-schedule cosine --nesterov --compile --seed 1"
@@ -89,7 +89,13 @@ def table(folder: Path) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     stages = [[(f"pilot-{name}", flags) for name, flags in stage.items()] for stage in STAGES]
-    follow_or_print(argv, __doc__, stages, tests, table)
+    parser = make_parser(__doc__.split("\n")[0])
+    parser.add_argument("--table", action="store_true", help="print what is in the results instead")
+    args = parser.parse_args(argv)
+    if args.table:
+        print("\n".join(table(args.results / RUNS)))
+    else:
+        follow(stages, tests, args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -112,21 +112,3 @@ def follow(
             where = (args.data, args.threads, args.results, prepare)
             for _ in pool.map(lambda run, where=where: carry_out(*run, tests, *where), stage):
                 bar.update()
-
-
-def follow_or_print(
-    argv: Sequence[str] | None,
-    documentation: str,
-    stages: Sequence[Sequence[tuple[str, str]]],
-    tests: Tests,
-    table: Callable[[Path], Iterable[str]],
-    prepare: Callable[[str], None] = lambda name: None,
-) -> None:
-    """`follow` as a command, which with --table prints the lines of a table of the runs' folder instead."""
-    parser = make_parser(documentation.split("\n")[0])
-    parser.add_argument("--table", action="store_true", help="print what is in the results instead")
-    args = parser.parse_args(argv)
-    if args.table:
-        print("\n".join(table(args.results / RUNS)))
-    else:
-        follow(stages, tests, args, prepare)

@@ -1,4 +1,4 @@
-"""The figure of the long runs: what is drawn of their results, and times of exported nets."""
+"""The figure of the long trainings: what is drawn of their results, and times of exported nets."""
 
 import json
 
@@ -20,7 +20,11 @@ def keep(tmp_path):
     def write(arm, seed, **tests):
         folder = tmp_path / "runs" / f"pays-{arm}-s{seed}"
         folder.mkdir(parents=True)
-        text = {mode: {"macs_mean": 1e6 * macs, "top1": 100 - error} for mode, (macs, error) in tests.items()}
+        gates = [0, 1, 1] if arm.startswith("majority") else [1, 1, 1]
+        text = {
+            mode: {"macs_mean": 1e6 * macs, "top1": 100 - error, "gates": gates}
+            for mode, (macs, error) in tests.items()
+        }
         (folder / "test.json").write_text(json.dumps(text))
         return folder
 
@@ -54,6 +58,14 @@ def test_the_figure_draws_what_there_is(tmp_path, keep, run):
         assert picture.size[0] > 500
 
 
+def test_bars_go_from_the_lowest_to_the_highest_seed(tmp_path, keep):
+    for seed, error in ((1, 13), (2, 15)):
+        keep("majority0.6", seed, argmax=(30, error))
+    (axes,) = pays_figure.figure(tmp_path / "runs", {}).axes
+    (bar,) = axes.collections[0].get_segments()
+    assert bar.tolist() == [[30, 13], [30, 15]]
+
+
 def test_it_does_not_do_nothing(run):
     status, _, err = run(pays_figure.main)
     assert (status, err) == (2, "script: error: nothing to do: add --measure or --out FILE\n")
@@ -72,12 +84,16 @@ def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch)
     keep("resnet14-taught", 1, argmax=(26, 13))  # and takes as long as without a teacher
     keep("budget0.6", 1, **{"argmax@budget=0.6": (25, 12)})  # released
     keep("floor", 1, **{"argmax@budget=0.6": (25, 12)})  # its weights are lost
+    keep("majority", 1, argmax=(25, 12), sample=(1, 1))  # closes all of a stage: it is no static net
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "model").symlink_to(pays_figure.ROOT / "results" / "model")
+    monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
     images = [tmp_path / f"{index}.png" for index in range(2)]
     for path in images:
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(path)
     taken = iter([0.4, 0.6, 0.1, 9, 9, 9, 0.5, 0.7, 0.2] * 2)  # seconds for both images
     monkeypatch.setattr(pays_figure, "seconds", lambda session, pixels: session(pixels[0]) and next(taken))
-    times = pays_figure.measure(tmp_path / "runs", images, rounds=3)
+    times = pays_figure.measure(tmp_path / "runs", images, rounds=3)  # this folder has no weights, unlike a run's
     of_each = {"budget0.6": {"argmax@budget=0.6": 250}, "resnet8": {DENSE: 350}, "resnet14": {DENSE: 100}}
     assert times == dict.fromkeys(("onnxruntime", "openvino"), of_each)
     assert pays_figure.fastest(times, "resnet14-taught", DENSE) == 100
@@ -94,6 +110,16 @@ def test_weights_of_a_run_are_found_where_it_was_tested_in_the_mode(tmp_path, mo
     assert pays_figure.weights("floor", "argmax@budget=0.45") is None
 
 
-@pytest.mark.parametrize(("depth", "mmacs"), [(20, 40.81), (14, 26.66), (8, 12.50)])
-def test_static_nets_are_those_of_the_table(depth, mmacs):
-    assert aig.count_macs(pays_figure.static_net(depth), 32).dense / 1e6 == pytest.approx(mmacs, abs=0.01)
+@pytest.mark.parametrize(("blocks", "mmacs"), [(3, 40.81), (2, 26.66), (1, 12.50)])
+def test_static_nets_are_those_of_the_table(blocks, mmacs):
+    assert aig.count_macs(pays_figure.static_net([blocks] * 3), 32).dense / 1e6 == pytest.approx(mmacs, abs=0.01)
+
+
+@pytest.mark.parametrize(("rates", "stages"), [
+    ([1, 0, 0, 1, 1, 0, 1, 1, 1], [1, 2, 3]),
+    ([0, 0, 1, 1, 0, 0, 1, 0, 0], [1, 1, 1]),
+    ([1, 1, 1, 0, 1, 1, 1, 1, 1], [3, 0, 3]),  # the first block of a later stage makes the images smaller
+    ([0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 3, 3]),
+])
+def test_what_always_runs_the_same_blocks_is_a_smaller_net(rates, stages):
+    assert pays_figure.open_blocks(rates) == stages
