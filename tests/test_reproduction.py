@@ -70,7 +70,7 @@ def test_every_command_of_the_other_protocols_is_one_of_train_py(program, capsys
         utils.check_flags(args, train.make_parser().given(words[3:]))
         names |= {args.expname} if not args.test else set()
         assert args.test or args.seed in range(1, 6)
-    assert len(names) == {pilot: 17, control: 5, pays: 32}[program]
+    assert len(names) == {pilot: 17, control: 5, pays: 36}[program]
 
 
 def test_the_control_drops_what_the_gates_of_its_seed_left_out():
