@@ -22,21 +22,22 @@ schedules where a net from scratch has one of 90 epochs.
     control-taught              the dense net, 30 epochs more with its teacher, which did not help in the pilot
     majority 0.75, 0.6, 0.45    those blocks of the teacher that the gated net opens for most held-out images, for every
                                 image, 30 epochs: adaptivity, or merely which blocks?
-    majority                    the same of `floor`
+    majority-floor              the same of `floor`
     random                      each block opens as often as in `floor`, but at random: adaptivity, or merely depth?
     scratch                     AIG as in the paper: from scratch, t = 0.7
 
 **The question**: the gated nets, each in mode `argmax` at the thresholds for its budget, against static nets: of
 resnet8, resnet14 and control, each the better of without and with teacher (on the test images, which favours them).
-Between neighbours in multiply-accumulates their error is taken to be linear in the logarithm of these. A net *pays* at
-a budget if its test error, the mean of the seeds, is lower by more than 0.5 points, *loses* if higher by more than 0.5,
-and is *undecided* between; the margin was chosen beforehand. If the curve of static nets is convex, such a line lies
-above it, which favours the gated nets. Lines through other neighbours, prolonged, then lie below it: the lower bound.
-A net that pays but does not beat `majority` by the margin, at equal cost on the line through the three, is a smaller
-static net, found by training, and no case for deciding by the image.
+Between neighbours in multiply-accumulates their error is taken to be linear in the logarithm of these: the upper bound
+of their error, if its curve is convex. Lines through other neighbours, prolonged, are the lower bound. A net *pays* at
+a budget if its test error, the mean of the seeds, is more than 0.5 points below the lower bound, *loses* if more than
+0.5 above the upper, and is *undecided* between; the margin was chosen beforehand. A net that pays, but not against the
+three `majority` nets of budgets by the same rule, is a smaller static net, found by training, and no case for deciding
+by the image.
 
 **Adaptivity** counts by the same margin: the error of `floor`, on the line through its calibrated thresholds, at the
-multiply-accumulates of majority and of random. On the same weights benchmarks.shuffled says what deciding is worth.
+multiply-accumulates of `majority-floor` and of `random`. On the same weights benchmarks.shuffled says what deciding is
+worth.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ STATIC = ("resnet8", "resnet14", "control")
 TAUGHT = "-taught"
 MAJORITY = {budget: f"majority{budget}" for budget in BUDGETS}
 IMITATED = {  # what fixed gates are taken from
-    **{arm: f"budget{budget}" for budget, arm in MAJORITY.items()}, "majority": "floor", "random": "floor"
+    **{arm: f"budget{budget}" for budget, arm in MAJORITY.items()}, "majority-floor": "floor", "random": "floor"
 }
 CALIBRATED = {budget: f"argmax@budget={budget}" for budget in BUDGETS}
 SURE = 1e-6  # how far from 0 and 1 the P(open) of a fixed gate stays

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import log
@@ -19,6 +20,7 @@ from benchmarks.pays import CALIBRATED, MAJORITY, SEEDS, STATIC, TAUGHT, stages
 from benchmarks.runner import ROOT, RUNS
 
 MARGIN = 0.5  # points of error
+DENSE = "argmax"  # the mode of nets without gates
 VARIES = 0.01  # a gate that opens for at least this part of the images, and is closed for as many
 Tested = dict[int, dict[str, dict]]  # what was tested of an arm, by seed and mode
 Point = tuple[float, float]  # multiply-accumulates of an image in millions, and error in percent
@@ -39,36 +41,36 @@ def mean(found: Tested, mode: str, seeds: Sequence[int]) -> Point | None:
                                                          [100 - result["top1"] for result in each]))
 
 
-def static_points(found: dict[str, Tested], seeds: Sequence[int] = ()) -> list[Point]:
-    """Each static net, the better of without and with teacher: the mean over these seeds, else over those there are."""
-    points = []
-    for arm in STATIC:
-        tested = [found.get(kind, {}) for kind in (arm, arm + TAUGHT)]
-        both = list(filter(None, (mean(each, "argmax", seeds or list(each)) for each in tested)))
-        points += [min(both, key=lambda point: point[1])] if both else []
-    return points
+def static_points(found: dict[str, Tested], seeds: Sequence[int]) -> list[Point]:
+    """Each static net, the better of without and with teacher."""
+    kinds = [[mean(found.get(kind, {}), DENSE, seeds) for kind in (arm, arm + TAUGHT)] for arm in STATIC]
+    return [min(filter(None, each), key=lambda point: point[1]) for each in kinds if any(each)]
 
 
-def on_line(first: Point, second: Point, macs: float) -> float:
-    """The error at so many multiply-accumulates on a line that is straight over log(macs)."""
-    return first[1] + (second[1] - first[1]) * log(macs / first[0]) / log(second[0] / first[0])
+def bounds(points: Sequence[Point], macs: float) -> tuple[float | None, float] | None:
+    """Between which errors a convex curve through these points lies at so many multiply-accumulates.
+
+    All lines are straight over the logarithm of the cost.
+
+    Returns:
+        The lower bound, on lines through other neighbours, prolonged, or None if there are none; and the upper bound,
+        on the line between both neighbours. None outside of the points.
+    """
+    points = sorted(dict(sorted(points, reverse=True)).items())  # of equal cost, the better
+    lower, upper = [], None
+    for (left, first), (right, second) in pairwise(points):
+        error = first + (second - first) * log(macs / left) / log(right / left)
+        if left <= macs <= right:
+            upper = error
+        else:
+            lower.append(error)
+    if upper is None:
+        return None
+    return (upper if macs in dict(points) else max(lower, default=None)), upper
 
 
-def error_at(points: Sequence[Point], macs: float) -> float | None:
-    """The error at so many multiply-accumulates between neighbouring points; None outside."""
-    between = [pair for pair in pairwise(sorted(points)) if pair[0][0] <= macs <= pair[1][0]]
-    return on_line(*between[0], macs) if between else None
-
-
-def least_at(points: Sequence[Point], macs: float) -> float | None:
-    """The least that the error of a convex curve can be there: lines through other neighbours, prolonged."""
-    inside, pairs = error_at(points, macs), list(pairwise(sorted(points)))
-    beside = [on_line(*pair, macs) for pair in pairs if not pair[0][0] <= macs <= pair[1][0]]
-    return None if inside is None else max(beside, default=None)
-
-
-def verdict(distance: float) -> str:
-    return "pays" if distance < -MARGIN else "loses" if distance > MARGIN else "undecided"
+def verdict(ours: float, lower: float, upper: float) -> str:
+    return "pays" if ours < lower - MARGIN else "loses" if ours > upper + MARGIN else "undecided"
 
 
 def varying(found: Tested, mode: str) -> str:
@@ -77,30 +79,67 @@ def varying(found: Tested, mode: str) -> str:
     return " / ".join(f"{sum(VARIES <= rate <= 1 - VARIES for rate in each)} of {len(each)}" for each in gates)
 
 
-def comparisons(found: dict[str, Tested]) -> Iterator[tuple[str, str, str, Sequence[str], Callable]]:
-    """Gated arm, its mode, what it is compared with, the arms this takes, and seeds -> (error, that of the other)."""
-    kinds = [kind for arm in STATIC for kind in (arm, arm + TAUGHT)]
+@dataclass
+class Comparison:
+    """A gated net against others."""
+
+    arm: str
+    mode: str
+    others: str  # what the table calls them
+    needed: Sequence[str]  # their arms
+    errors: Callable[[Sequence[int]], tuple[float, float | None, float] | None]  # of seeds: ours, their two bounds
+
+    def row(self, found: dict[str, Tested]) -> str:
+        """A line of the table; no verdict before all trainings are done and within the range of both seeds."""
+        missing = sum(len(SEEDS) - len(found[arm]) for arm in (self.arm, *self.needed))
+        seeds = [seed for seed in SEEDS if self.errors([seed])]
+        cells = [self.arm, varying(found[self.arm], self.mode), self.others]
+        if not seeds or (pair := self.errors(seeds)) is None:
+            return self.line(*cells, "", "", "", self.waiting(missing))
+        ours, lower, upper = pair
+        by_seed = " / ".join(f"{own - other:+.2f}" for own, _, other in map(self.errors, ([seed] for seed in seeds)))
+        difference, theirs = f"{ours - upper:+.2f} ({by_seed})", f"{upper:.2f}"
+        if lower is not None and f"{lower:.2f}" != theirs:
+            theirs = f"{lower:.2f} to {theirs}"
+        complete = not missing and len(seeds) == len(SEEDS) and lower is not None
+        word = verdict(ours, lower, upper) if complete else self.waiting(missing)
+        return self.line(*cells, f"{ours:.2f}", theirs, difference, word)
+
+    @staticmethod
+    def waiting(missing: int) -> str:
+        return f"not yet: {missing} trainings to come" if missing else "none: outside of their range"
+
+    @staticmethod
+    def line(*cells: str) -> str:
+        return f"| {' | '.join(cells)} |"
+
+
+def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
+    """All that the protocol asks for."""
 
     def majorities(seeds: Sequence[int]) -> list[Point]:
-        return list(filter(None, (mean(found[arm], "argmax", seeds) for arm in MAJORITY.values())))
+        return list(filter(None, (mean(found[arm], DENSE, seeds) for arm in MAJORITY.values())))
 
-    def against(arm: str, mode: str, line: Callable, points: Callable) -> Callable:
-        return lambda seeds: (ours := mean(found[arm], mode, seeds)) and (ours[1], line(points(seeds), ours[0]))
+    def at_budget(budget: float, points: Callable, seeds: Sequence[int]) -> tuple | None:
+        ours = mean(found[f"budget{budget}"], CALIBRATED[budget], seeds)
+        theirs = ours and bounds(points(seeds), ours[0])
+        return theirs and (ours[1], *theirs)
+
+    def at_cost_of(arm: str, mode: str, seeds: Sequence[int]) -> tuple | None:
+        curve = list(filter(None, (mean(found["floor"], each, seeds) for each in CALIBRATED.values())))
+        theirs = mean(found[arm], mode, seeds)
+        ours = theirs and bounds(curve, theirs[0])
+        return ours and (ours[1], theirs[1], theirs[1])  # the line, which does not favour it
 
     for budget, mode in CALIBRATED.items():
-        for name, arms, line, points in (
-            ("static nets, line", kinds, error_at, lambda seeds: static_points(found, seeds)),
-            ("static nets, lower bound", kinds, least_at, lambda seeds: static_points(found, seeds)),
-            ("always the same blocks", list(MAJORITY.values()), error_at, majorities),
-        ):
-            yield f"budget{budget}", mode, name, arms, against(f"budget{budget}", mode, line, points)
-
-    def floor_at(arm: str, mode: str, seeds: Sequence[int]) -> tuple | None:
-        curve = list(filter(None, (mean(found["floor"], each, seeds) for each in CALIBRATED.values())))
-        return (other := mean(found[arm], mode, seeds)) and (error_at(curve, other[0]), other[1])
-
-    for arm, mode in (("majority", "argmax"), ("random", "sample")):
-        yield "floor", CALIBRATED[0.6], arm, [arm], partial(floor_at, arm, mode)
+        arm, static = f"budget{budget}", [kind for arm in STATIC for kind in (arm, arm + TAUGHT)]
+        against = partial(at_budget, budget, partial(static_points, found))
+        yield Comparison(arm, mode, "static nets", static, against)
+        same = partial(at_budget, budget, majorities)
+        yield Comparison(arm, mode, "always the same blocks", list(MAJORITY.values()), same)
+    fixed = (("majority-floor", "always its usual blocks", DENSE), ("random", "random blocks", "sample"))
+    for arm, name, mode in fixed:
+        yield Comparison("floor", CALIBRATED[0.6], name, [arm], partial(at_cost_of, arm, mode))
 
 
 def table(folder: Path) -> Iterator[str]:
@@ -116,19 +155,9 @@ def table(folder: Path) -> Iterator[str]:
             each = " / ".join(f"{100 - tested[seed][mode]['top1']:.2f}" for seed in seeds)
             yield f"| {arm} | {', '.join(map(str, seeds))} | `{mode}` | {macs:.2f} | {error:.2f} ({each}) |"
     yield ""
-    yield "| gated net | gates that vary | compared with | errors, % | difference, points (by seed) | verdict |"
-    yield "|---|---|---|---|---|---|"
-    for arm, mode, name, needed, compare in comparisons(found):
-        missing = sum(len(SEEDS) - len(found[other]) for other in (arm, *needed))
-        seeds = [seed for seed in SEEDS if (pair := compare([seed])) and None not in pair]
-        errors = difference = ""
-        word = f"not yet: {missing} trainings to come" if missing else "outside of their range"
-        if seeds and (pair := compare(seeds)) and None not in pair:
-            distance, each = pair[0] - pair[1], (compare([seed]) for seed in seeds)
-            errors, by_seed = f"{pair[0]:.2f} against {pair[1]:.2f}", [f"{ours - theirs:+.2f}" for ours, theirs in each]
-            difference = f"{distance:+.2f} ({' / '.join(by_seed)})"
-            word = word if missing else verdict(distance)
-        yield f"| {arm} | {varying(found[arm], mode)} | {name} | {errors} | {difference} | {word} |"
+    yield "| gated net | gates that vary | against | its error, % | theirs | difference, points (by seed) | verdict |"
+    yield "|---|---|---|---|---|---|---|"
+    yield from (comparison.row(found) for comparison in comparisons(found))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

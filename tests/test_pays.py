@@ -60,7 +60,7 @@ def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatc
     plain.classes, plain.preprocess = list("abcd"), Preprocess(8, (0.5,) * 3, (0.5,) * 3, False)
     aig.save(plain, tmp_path / pays.teacher_folder(1))
     with pytest.raises(InputError, match="pays-floor-s1 has to be trained first"):
-        pays.prepare("pays-majority-s1")
+        pays.prepare("pays-majority-floor-s1")
     # the others were trained on another machine: their records are kept, their runs are not there
     runs = {"runs/pays-floor-s1": [0.3, 1, 0.8], "results/runs/pays-budget0.6-s1": [1, 0, 0.2]}
     runs |= {f"results/runs/pays-budget{budget}-s1": [1, 1, 1] for budget in (0.75, 0.45)}
@@ -76,6 +76,6 @@ def test_gates_are_fixed_as_those_of_the_net_to_be_imitated(tmp_path, monkeypatc
         pays.prepare(f"pays-{arm}-s1")
         state = torch.load(pays.fixed_file(arm, 1))["state_dict"]
         opened[arm] = [state[f"layer{k}.0.fc2.bias"].diff().sigmoid().item() for k in (1, 2, 3)]
-    assert opened["majority"] == pytest.approx([0, 1, 1], abs=1e-4)
+    assert opened["majority-floor"] == pytest.approx([0, 1, 1], abs=1e-4)
     assert opened["majority0.6"] == pytest.approx([1, 0, 0], abs=1e-4)
     assert opened["random"] == pytest.approx([0.3, 1, 0.8], abs=1e-4)

@@ -77,14 +77,15 @@ def test_nothing_to_measure_is_an_error(tmp_path):
 
 
 @pytest.mark.engine
-def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch):
+def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch, capsys):
     for package in ("onnx", "onnxruntime", "openvino"):
         pytest.importorskip(package)
     keep("resnet8", 2, argmax=(10, 20))  # a static net needs no weights
     keep("resnet14-taught", 1, argmax=(26, 13))  # and takes as long as without a teacher
     keep("budget0.6", 1, **{"argmax@budget=0.6": (25, 12)})  # released
     keep("floor", 1, **{"argmax@budget=0.6": (25, 12)})  # its weights are lost
-    keep("majority", 1, argmax=(25, 12), sample=(1, 1))  # closes all of a stage: it is no static net
+    keep("majority-floor", 1, argmax=(25, 12))  # closes all of a stage: it is no static net
+    keep("random", 1, sample=(25, 12), argmax=(25, 12))  # an exported file does not sample
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "model").symlink_to(pays_figure.ROOT / "results" / "model")
     monkeypatch.setattr(pays_figure, "ROOT", tmp_path)
@@ -97,6 +98,7 @@ def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch)
     of_each = {"budget0.6": {"argmax@budget=0.6": 250}, "resnet8": {DENSE: 350}, "resnet14": {DENSE: 100}}
     assert times == dict.fromkeys(("onnxruntime", "openvino"), of_each)
     assert pays_figure.fastest(times, "resnet14-taught", DENSE) == 100
+    assert capsys.readouterr().out == "majority-floor: not measured, as it closes a block that changes the size\n"
 
 
 def test_weights_of_a_run_are_found_where_it_was_tested_in_the_mode(tmp_path, monkeypatch):
