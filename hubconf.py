@@ -18,16 +18,16 @@ _FOLDER = _Path(__file__).parent / "results" / "model"
 
 
 def aig_resnet20_cifar10_jpeg(pretrained: bool = True):
-    """AIG ResNet-20 for CIFAR-10, trained on its copy in JPEG at quality 75. Its card is in results/model.
+    """AIG ResNet-20 for CIFAR-10, trained on its copy in JPEG at quality 75 to a budget of 0.6. See results/model.
 
     Raises:
         ValueError: with pretrained=False.
     """
-    return _released("aig20-cifar10-jpeg", pretrained)
+    return _released("aig20-cifar10-jpeg-floor", pretrained)
 
 
 def resnet20_cifar10_jpeg(pretrained: bool = True):
-    """ResNet-20 without gates for the same images, trained much longer: the teacher of results/pays.md.
+    """The ResNet-20 without gates that it was gated from.
 
     Raises:
         ValueError: with pretrained=False.

@@ -35,7 +35,7 @@ from convnet_aig import AdaptiveResNet
 
 HERE = Path(__file__).parent
 ROOT = HERE if (HERE / "released").exists() else HERE.parent  # installed, or a checkout
-RELEASED = ROOT / ("released" if ROOT == HERE else "results/model") / "aig20-cifar10-jpeg"
+RELEASED = ROOT / ("released" if ROOT == HERE else "results/model") / "aig20-cifar10-jpeg-floor"
 EXAMPLES = ROOT / ("examples" if ROOT == HERE else "docs/images")
 HOST = "127.0.0.1"
 GUESSES = 5  # classes shown

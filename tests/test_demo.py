@@ -59,9 +59,11 @@ def test_each_block_is_drawn_in_its_stage_with_what_its_gate_said(released):
 
 def test_the_threshold_decides(released):
     model, cost = released
-    every, none = (demo.look(model, cost, DOG, threshold) for threshold in (0.01, 0.99))
-    assert sum(every.opened) == 9 > sum(none.opened)
-    assert every.macs > none.macs
+    many, few = (demo.look(model, cost, DOG, threshold) for threshold in (0.001, 0.999))
+    assert sum(many.opened) > sum(few.opened)
+    assert many.macs > few.macs
+    for seen, threshold in ((many, 0.001), (few, 0.999)):
+        assert seen.opened == [chance > threshold for chance in seen.p_open]
 
 
 def test_a_block_without_a_gate_is_drawn_as_such():

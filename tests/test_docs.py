@@ -188,6 +188,7 @@ def test_the_readme_has_the_numbers_of_the_runs():
         "full-aig-t0.7": ["argmax", "sample"],
         "pays-teacher-s1": ["argmax"],
         "pays-budget0.6-s1": ["argmax@budget=0.6"],
+        "pays-floor-s1": ["argmax@budget=0.6"],
     }
     for run, mode in ((run, mode) for run, modes in runs.items() for mode in modes):
         result = json.loads((ROOT / "results" / "runs" / run / "test.json").read_text())[mode]

@@ -22,7 +22,7 @@ def entry_points():
     return {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
 
 
-RELEASED = {"aig_resnet20_cifar10_jpeg": "aig20-cifar10-jpeg", "resnet20_cifar10_jpeg": "resnet20-cifar10-jpeg-s1"}
+RELEASED = {"aig_resnet20_cifar10_jpeg": "aig20-cifar10-jpeg-floor", "resnet20_cifar10_jpeg": "resnet20-cifar10-jpeg-s1"}
 
 
 @pytest.mark.parametrize(("name", "folder"), RELEASED.items())
@@ -70,7 +70,7 @@ def test_a_hostile_file_in_the_place_of_the_weights_is_not_run(tmp_path):
             return (Path.touch, (tmp_path / "executed",))
 
     shutil.copy(ROOT / "hubconf.py", tmp_path)
-    place = Path("results", "model", "aig20-cifar10-jpeg")
+    place = Path("results", "model", "aig20-cifar10-jpeg-floor")
     model = shutil.copytree(ROOT / place, tmp_path / place)
     torch.save(Hostile(), model / "model.safetensors")
     with pytest.raises(aig.networks.InputError, match="cannot be read as safetensors"):

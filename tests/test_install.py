@@ -44,7 +44,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel):
     assert top == {"convnet_aig.py", "gumbelmodule.py", "aig"}
     assert wheel.name.startswith(f"convnet_aig-{aig.__version__}-")
     own = {str(path.relative_to(ROOT)) for path in (ROOT / "aig").rglob("*.py")}
-    model = {f"aig/released/{path.relative_to(MODELS)}" for path in MODELS.glob("aig20-cifar10-jpeg/*")}
+    model = {f"aig/released/{path.relative_to(MODELS)}" for path in MODELS.glob("aig20-cifar10-jpeg-floor/*")}
     examples = {f"aig/examples/{path.name}" for path in (ROOT / "docs" / "images").glob("*.jpg")}
     assert {name for name in names if name.startswith("aig/")} == own | model | examples
 

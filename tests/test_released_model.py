@@ -14,13 +14,14 @@ from aig.folders import CARD
 from aig.images import read_image
 from aig.runs import TEST
 
-FOLDER = Path(__file__).parent.parent / "results" / "model" / "aig20-cifar10-jpeg"
+FOLDER = Path(__file__).parent.parent / "results" / "model" / "aig20-cifar10-jpeg-floor"
 RUNS = {  # of each folder, the run that it is from
     "aig20-cifar10-jpeg": "full-aig-t0.7",
     "aig20-cifar10-jpeg-budget0.6": "pays-budget0.6-s1",
+    "aig20-cifar10-jpeg-floor": "pays-floor-s1",
     "resnet20-cifar10-jpeg-s1": "pays-teacher-s1",
 }
-AIRPLANE, PROBABILITY, GRAPH = 0, 0.6963, "111011111"  # for `picture`, when it was released
+AIRPLANE, PROBABILITY, GRAPH = 0, 0.9491, "011110101"  # for `picture`, when it was released
 
 
 def picture():
@@ -68,7 +69,7 @@ def test_a_newcomer_sees_a_graph_in_one_command(tmp_path, capsys):
     main(["--resume", str(FOLDER), "--image", str(path), "--out", str(tmp_path / "out")])
     printed = capsys.readouterr().out
     assert f"{path}: airplane {100 * PROBABILITY:.1f} %" in printed
-    assert "stage 1 ###  stage 2 .##  stage 3 ###" in printed
+    assert "stage 1 .##  stage 2 ##.  stage 3 #.#" in printed
     assert read_image(str(tmp_path / "out" / "graphs.png")).size[0] > 500
 
 

@@ -108,7 +108,7 @@ def test_it_fits_the_screen(opened, width):
 def test_the_slider_redraws(opened):
     page = opened()
     seconds = []
-    for threshold in ("0.9", "0.1", "0.8", "0.2", "0.9"):
+    for threshold in ("0.1", "0.9", "0.1", "0.8", "0.1"):
         before = page.inner_text("#left-graph")
         started = time.monotonic()
         page.locator("#threshold input[type=number]").fill(threshold)
@@ -119,7 +119,7 @@ def test_the_slider_redraws(opened):
     print(f"from slider to picture: {sorted(seconds)[2]:.3f} s (median of 5)")
     model = aig.load(demo.RELEASED)
     for side, name in (("left", "truck"), ("right", "dog")):
-        seen = demo.look(model, count_macs(model, 32), demo.EXAMPLES / f"{name}.jpg", 0.9)
+        seen = demo.look(model, count_macs(model, 32), demo.EXAMPLES / f"{name}.jpg", 0.1)
         page.locator(f"#{side}-graph").get_by_text(f"{sum(seen.opened)} of 9 blocks").wait_for(timeout=PATIENCE)
 
 
@@ -139,15 +139,18 @@ def test_an_upload_is_shown_and_what_is_no_image_is_said(opened, tmp_path):
 
 def test_thresholds_of_its_own_are_shown_until_the_slider_is_to_decide(tmp_path):
     model = aig.load(demo.RELEASED)
-    model.threshold = [0.01] * 9  # all open
+    model.threshold = [0.001] * 9
     aig.save(model, tmp_path / "model")
+    dog, cost = demo.EXAMPLES / "dog.jpg", count_macs(model, 32)
+    own, usual = (sum(demo.look(model, cost, dog, threshold).opened) for threshold in (model.threshold, 0.5))
+    assert own != usual
     with serving(tmp_path, tmp_path / "model") as address, playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         page = browser.new_page()
         page.goto(address, wait_until="load", timeout=PATIENCE)
-        page.locator("#right-graph").get_by_text("9 of 9 blocks").wait_for(timeout=PATIENCE)
+        page.locator("#right-graph").get_by_text(f"{own} of 9 blocks").wait_for(timeout=PATIENCE)
         page.get_by_label("the network's own threshold").uncheck()
-        page.locator("#right-graph").get_by_text("8 of 9 blocks").wait_for(timeout=PATIENCE)
+        page.locator("#right-graph").get_by_text(f"{usual} of 9 blocks").wait_for(timeout=PATIENCE)
         browser.close()
 
 
