@@ -22,7 +22,10 @@ def entry_points():
     return {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
 
 
-RELEASED = {"aig_resnet20_cifar10_jpeg": "aig20-cifar10-jpeg-floor", "resnet20_cifar10_jpeg": "resnet20-cifar10-jpeg-s1"}
+RELEASED = {
+    "aig_resnet20_cifar10_jpeg": "aig20-cifar10-jpeg-floor",
+    "resnet20_cifar10_jpeg": "resnet20-cifar10-jpeg-s1",
+}
 
 
 @pytest.mark.parametrize(("name", "folder"), RELEASED.items())
