@@ -27,7 +27,7 @@ def aig_resnet20_cifar10_jpeg(pretrained: bool = True):
 
 
 def resnet20_cifar10_jpeg(pretrained: bool = True):
-    """The ResNet-20 without gates that it was gated from.
+    """The plain ResNet-20 that `aig_resnet20_cifar10_jpeg` was gated from.
 
     Raises:
         ValueError: with pretrained=False.

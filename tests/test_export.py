@@ -21,7 +21,7 @@ from convnet_aig import BasicBlock, Bottleneck, FoldedGate, ResNet_cifar, ResNet
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parent.parent
-RELEASED = ROOT / "results" / "model" / "aig20-cifar10-jpeg"
+RELEASED = ROOT / "results" / "model" / "aig20-cifar10-jpeg-floor"
 NETWORKS = {  # how to build it, and the height and width of its images
     "cifar": (lambda: ResNet_cifar(BasicBlock, (2, 3, 2), 5), (16, 16)),
     "bottleneck": (lambda: ResNet_cifar(Bottleneck, (1, 2, 1), 4, [0.5, 0.5, 1, 0.5]), (12, 20)),
@@ -427,7 +427,7 @@ def test_the_command_writes_what_was_asked_for(run, tmp_path):
     ("flags", "message"),
     [
         (["--resume", "none"], "no checkpoint at none"),
-        (["--resume", RELEASED, "--budget", "0.6"], "no thresholds for this budget"),
+        (["--resume", RELEASED, "--budget", "0.3"], "no thresholds for this budget"),
         (["--resume", RELEASED, "--budget", "0.6", "--dense"], "not allowed with argument --budget"),
         (["--resume", RELEASED, "--batch", "2"], "invalid choice: '2'"),
         (["--resume", RELEASED, "--size", "4"], "4 must be at least 8"),
