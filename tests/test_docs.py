@@ -187,6 +187,7 @@ def test_the_readme_has_the_numbers_of_the_runs():
         "full-plain": ["argmax"],
         "full-aig-t0.7": ["argmax", "sample"],
         "pays-teacher-s1": ["argmax"],
+        "pays-control-s1": ["argmax"],
         "pays-budget0.6-s1": ["argmax@budget=0.6"],
         "pays-floor-s1": ["argmax@budget=0.6"],
     }
