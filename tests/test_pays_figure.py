@@ -83,7 +83,7 @@ def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch,
     keep("resnet8", 2, argmax=(10, 20))  # a static net needs no weights
     keep("resnet14-taught", 1, argmax=(26, 13))  # and takes as long as without a teacher
     keep("budget0.6", 1, **{"argmax@budget=0.6": (25, 12)})  # released
-    keep("floor", 1, **{"argmax@budget=0.6": (25, 12)})  # its weights are lost
+    keep("scratch", 1, **{"argmax@budget=0.6": (25, 12)})  # its weights are lost
     keep("majority-floor", 1, argmax=(25, 12))  # closes all of a stage: it is no static net
     keep("random", 1, sample=(25, 12), argmax=(25, 12))  # an exported file does not sample
     (tmp_path / "results").mkdir()
