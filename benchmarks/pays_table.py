@@ -131,8 +131,9 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
         ours = theirs and bounds(curve, theirs[0])
         return ours and (ours[1], theirs[1], theirs[1])  # the line, which does not favour it
 
+    static = [arm + kind for arm in STATIC for kind in ("", TAUGHT)]
     for budget, mode in CALIBRATED.items():
-        arm, static = f"budget{budget}", [kind for arm in STATIC for kind in (arm, arm + TAUGHT)]
+        arm = f"budget{budget}"
         against = partial(at_budget, budget, partial(static_points, found))
         yield Comparison(arm, mode, "static nets", static, against)
         same = partial(at_budget, budget, majorities)

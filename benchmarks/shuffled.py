@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import aig
 from aig.console import InputError, Parser, number, run_command
+from aig.images import read_image
 from benchmarks.latency import CERTAIN, Forced
 from convnet_aig import AdaptiveResNet
 
@@ -32,7 +32,7 @@ def read_test_images(model: AdaptiveResNet, folder: Path) -> tuple[Tensor, Tenso
     files = [(path, label) for label, name in enumerate(model.classes) for path in sorted((folder / name).glob("*.*"))]
     if len({label for _, label in files}) < len(model.classes):
         raise InputError(f"{folder} must have a folder with images for each of {', '.join(model.classes)}")
-    images = [model.preprocess(Image.open(path)) for path, _ in tqdm(files, "images", disable=None, leave=False)]
+    images = [model.preprocess(read_image(path)) for path, _ in tqdm(files, "images", disable=None, leave=False)]
     return torch.stack(images), torch.tensor([label for _, label in files])
 
 

@@ -195,6 +195,9 @@ def test_the_readme_has_the_numbers_of_the_runs():
         result = json.loads((ROOT / "results" / "runs" / run / "test.json").read_text())[mode]
         numbers = [f"{100 - result['top1']:.2f}", f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}"]
         assert f"| {' | '.join(numbers)} |".replace("1.000", "1") in text
+    smaller = [ROOT / "results" / "runs" / f"pays-resnet14{kind}-s1" / "test.json" for kind in ("", "-taught")]
+    errors = [f"{100 - json.loads(path.read_text())['argmax']['top1']:.2f}" for path in smaller]
+    assert f"| {' / '.join(errors)} |" in text
 
 
 def test_the_readme_has_the_numbers_of_the_five_seeds():
@@ -205,6 +208,9 @@ def test_the_readme_has_the_numbers_of_the_five_seeds():
     assert len(found) == 5
     for numbers in found:
         assert f"| {' | '.join(numbers)} |".replace("1.000", "1") in text
+    smaller = [ROOT / "results" / "runs" / f"pays-resnet14{kind}-s1" / "test.json" for kind in ("", "-taught")]
+    errors = [f"{100 - json.loads(path.read_text())['argmax']['top1']:.2f}" for path in smaller]
+    assert f"| {' / '.join(errors)} |" in text
 
 
 # ---------------------------------------------------------------------------------------------- what runs

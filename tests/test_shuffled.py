@@ -62,6 +62,9 @@ def test_the_command_says_both_errors(folder, run):
     assert status == 0
     assert "32 test images" in out
     assert "error with the graphs of other images" in out
+    (folder / "test" / "a" / "0.png").write_text("no image")
+    status, _, err = run(shuffled.main, folder / "net", "--data", folder)
+    assert (status, len(err.splitlines())) == (2, 1)
     (folder / "test" / "d").rename(folder / "other")
     status, _, err = run(shuffled.main, folder / "net", "--data", folder)
     assert (status, len(err.splitlines())) == (2, 1)
