@@ -223,7 +223,7 @@ def limits(flags: dict[str, Any]) -> str:
     lines = [
         "## Limits", "",
         "- It puts every picture into one of its classes, and its confidence is not calibrated.",
-        "- Its accuracy against attacks and on images of another kind has not been measured here.",
+        "- This card says nothing of its accuracy against attacks, or on images of another kind.",
     ]
     if epochs := flags.get("epochs"):
         lines.append(f"- One training (epochs planned: {epochs}, seed {flags.get('seed')}) says nothing of how much "

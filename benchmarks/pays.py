@@ -57,6 +57,7 @@ from convnet_aig import log_odds
 
 SEEDS = (1, 2)
 BUDGETS = (0.75, 0.6, 0.45)
+LEVELS = (0.75, 0.6, 0.55, 0.5, 0.45)  # the budgets at which nets without one of their own are tested, and `floor`
 SHARED = "--batch-size 128 --val-size 5000 --lr-schedule cosine --nesterov --compile --amp bf16"
 SCRATCH = f"--lr 0.1 --epochs 90 {SHARED}"
 TUNED = f"--depth 20 --lr 0.05 --epochs 30 {SHARED}"
@@ -68,7 +69,7 @@ MAJORITY = {budget: f"majority{budget}" for budget in BUDGETS}
 IMITATED = {  # what fixed gates are taken from
     **{arm: f"budget{budget}" for budget, arm in MAJORITY.items()}, "majority-floor": "floor", "random": "floor"
 }
-CALIBRATED = {budget: f"argmax@budget={budget}" for budget in BUDGETS}
+CALIBRATED = {budget: f"argmax@budget={budget}" for budget in LEVELS}
 SURE = 1e-6  # how far from 0 and 1 the P(open) of a fixed gate stays
 
 
@@ -107,7 +108,7 @@ def tests(name: str, flags: str) -> dict[str, list[str]]:
     if FIXED in flags:
         return found
     own = [budget for budget in BUDGETS if f"budget{budget}" in name]  # most of its gates vary too little for another
-    return found | {CALIBRATED[budget]: [*test, "--budget", str(budget)] for budget in own or BUDGETS}
+    return found | {CALIBRATED[budget]: [*test, "--budget", str(budget)] for budget in own or LEVELS}
 
 
 # ---------------------------------------------------------------------------------------------- gates that are fixed

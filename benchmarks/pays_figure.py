@@ -30,7 +30,7 @@ from aig.checkpoint import CHECKPOINT, TEST, WEIGHTS
 from aig.console import InputError, Parser, number, run_command, say
 from aig.runs import read_json, write_json
 from aig.runtime import ENGINES
-from benchmarks.pays import CALIBRATED, IMITATED, MAJORITY, SEEDS, STATIC, TAUGHT, teacher_folder
+from benchmarks.pays import BUDGETS, CALIBRATED, IMITATED, MAJORITY, SEEDS, STATIC, TAUGHT, teacher_folder
 from benchmarks.pays_table import DENSE, results, static_points
 from benchmarks.runner import ROOT, RUNS
 from benchmarks.timing import where
@@ -38,7 +38,7 @@ from convnet_aig import BasicBlock, ResNet_cifar
 
 TIMES = "pays-time.json"
 CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
-    "gated, to a budget": [(f"budget{budget}", mode) for budget, mode in CALIBRATED.items()],
+    "gated, to a budget": [(f"budget{budget}", CALIBRATED[budget]) for budget in BUDGETS],
     "gated, with a floor": [("floor", mode) for mode in CALIBRATED.values()],
     "gated, to target rates": [("rates", mode) for mode in CALIBRATED.values()],
     "AIG from scratch": [("scratch", mode) for mode in CALIBRATED.values()],

@@ -16,7 +16,7 @@ from pathlib import Path
 from aig.checkpoint import TEST
 from aig.console import Parser, run_command
 from aig.runs import read_json
-from benchmarks.pays import CALIBRATED, MAJORITY, SEEDS, STATIC, TAUGHT, stages
+from benchmarks.pays import BUDGETS, CALIBRATED, MAJORITY, SEEDS, STATIC, TAUGHT, stages
 from benchmarks.runner import ROOT, RUNS
 
 MARGIN = 0.5  # points of error
@@ -132,8 +132,8 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
         return ours and (ours[1], theirs[1], theirs[1])  # the line, which does not favour it
 
     static = [arm + kind for arm in STATIC for kind in ("", TAUGHT)]
-    for budget, mode in CALIBRATED.items():
-        arm = f"budget{budget}"
+    for budget in BUDGETS:
+        arm, mode = f"budget{budget}", CALIBRATED[budget]
         against = partial(at_budget, budget, partial(static_points, found))
         yield Comparison(arm, mode, "static nets", static, against)
         same = partial(at_budget, budget, majorities)

@@ -11,7 +11,7 @@ from scratch. All have the same cosine schedule, Nesterov's momentum and weight 
 committed before its first training.
 
 First the learning rate of the 5 epochs, for a gated net and for the control, which trains the plain net on; static nets
-at a comparable cost beside, ResNet-14 (0.66 of ResNet-20's multiply-accumulates), with and without distillation. (It
+at a comparable cost beside, ResNet-14 (0.65 of ResNet-20's multiply-accumulates), with and without distillation. (It
 was to be 0.01, 0.02 or 0.05. When 0.05 had beaten 0.02, 0.1 took the place of 0.01, which had not been tested: the best
 one should not be the largest.)
 

@@ -4,8 +4,8 @@
 
 Every image runs the graph that the gates choose for another image, dealt out at random. The weights are the same, every
 graph runs as often as before, so the cost is the same, but nothing is decided by the image. The difference is what
-deciding is worth to this network, whose weights are used to its own graphs. For networks trained without deciding, see
-the `majority` arms of benchmarks.pays.
+deciding is worth to this network, whose weights were trained with its own graphs. For networks trained without
+deciding, see the `majority` arms of benchmarks.pays.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_a_net_is_tested_at_its_own_budget_and_one_without_a_budget_at_each():
         for name, flags in stage.items():
             calibrated = [key for key in pays.tests(f"pays-{name}-s1", flags) if "budget" in key]
             own, each = [f"argmax@{name.replace('budget', 'budget=')}"], ["rates", "floor", "scratch"]
-            every = [f"argmax@budget={budget}" for budget in pays.BUDGETS]
+            every = [f"argmax@budget={budget}" for budget in pays.LEVELS]
             assert calibrated == (own if name.startswith("budget") else every if name in each else [])
 
 

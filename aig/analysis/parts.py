@@ -71,11 +71,13 @@ def usage(subject: Subject) -> Part:
         **subject.headline(),
         "blocks_mean": executed.mean().item(),
         "executed_blocks": np.bincount(executed, minlength=blocks + 1).tolist(),
+        "graphs": len(np.unique(found["opened"], axis=0)),
         "macs_mean_right": right,
         "macs_mean_wrong": wrong,
     }
     line = (
         f"usage: {executed.mean():.2f} of {blocks} blocks in the mean, {executed.min()} to {executed.max()}; "
+        f"{numbers['graphs']} different graphs; "
         f"{right / 1e6:.2f} MMACs for images classified rightly, {wrong / 1e6:.2f} for the others"
     )
     tables = {"usage": usage_rows(found), "images": image_rows(found, subject.loader.files)}
