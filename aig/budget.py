@@ -7,6 +7,7 @@ A budget is a part of the dense network's multiply-accumulates; those of the gat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -109,7 +110,8 @@ def find_thresholds(model: AdaptiveResNet, loader: Batches, budget: float) -> tu
     met = [trial for trial in found if abs(trial.executed - budget) <= max(5 * CLOSE, abs(nearest - budget))]
     best = min(met, key=lambda trial: trial.loss)
     thresholds = torch.sigmoid(best.log_odds.cpu().double()).tolist()
-    return thresholds[0] if best is found[0] else check_thresholds(thresholds, model.num_gates), best.executed
+    one = best is found[0] or model.num_gates == 1
+    return thresholds[0] if one else check_thresholds(thresholds, model.num_gates), best.executed
 
 
 def search(
@@ -158,12 +160,13 @@ def same_threshold(scores: Tensor, shift: float) -> Tensor:
 
 
 def rates_as_sampled(scores: Tensor, shift: float) -> Tensor:
-    """Thresholds at which gates open as often as samples of their shifted scores would."""
+    """Thresholds at which gates open as often as samples of their shifted scores would, as nearly as ties allow."""
     rates = torch.sigmoid(scores + shift).mean(0)  # (G,)
     ordered, count = scores.sort(0, descending=True).values, len(scores)  # (N, G)
-    opened = (rates * count).round().long()  # so many of the highest scores
     padded = F.pad(ordered, (0, 0, 1, 1))  # a row above and one below
     padded[0], padded[-1] = ordered[0] + 1, ordered[-1] - 1
+    off = (torch.arange(count + 1, device=scores.device)[:, None] - rates * count).abs()  # if so many are opened
+    opened = off.where(padded[:-1] > padded[1:], math.inf).argmin(0)  # a threshold does not part equal scores
     places = torch.stack([opened, opened + 1])
     return padded.gather(0, places).mean(0).clamp(-EXTREME, EXTREME)
 

@@ -169,7 +169,7 @@ def make_page(model: AdaptiveResNet, name: str, tested: dict[str, Any]) -> Any:
         at = own if is_own else min(max(threshold, STEP), 1 - STEP)
         return shown(model, cost, tested, [EXAMPLES.resolve(), Path(image.GRADIO_CACHE).resolve()], path, at)
 
-    with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
+    with gradio.Blocks(title="ConvNet-AIG", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
         gradio.Markdown(f"# Which blocks does an image use?\n**{html.escape(name)}**: {note(model, tested)}")
         slider = gradio.Slider(0, 1, 0.5 if many else own, step=STEP, label="threshold of P(open)", elem_id="threshold",
                                visible=model.num_gates > 0)

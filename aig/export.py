@@ -293,9 +293,10 @@ def form_of(model: AdaptiveResNet, batch: int | str, size: int | Sequence[int] |
     preprocess = getattr(model, "preprocess", None)
     if size is None:
         size = preprocess.size if preprocess else 224 if isinstance(model, ResNet_ImageNet) else 32
-    height, width = size = (size, size) if isinstance(size, int) else tuple(size)
-    if min(size) < 1:
-        raise ValueError(f"size {height} x {width}: must be at least 1 pixel")
+    size = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"size {size}: must be a number of pixels, or height and width, at least 1 each")
+    height, width = size = tuple(map(int, size))
     if batch not in (1, "any"):
         raise ValueError(f'batch {batch!r}: must be 1 or "any"')
     if model.gate_mode not in ("argmax", "all"):
@@ -383,7 +384,8 @@ def clear_images(model: AdaptiveResNet, form: Form, random: torch.Generator) -> 
         if sum(len(images) for images, _, _ in found) >= CHECKED:
             givens, *wanted = zip(*found, strict=True)
             return np.concatenate(givens), *map(torch.cat, wanted)
-    raise ValueError(f"cannot be checked: of most images a gate is within {CLOSE:g} of its threshold, in log-odds")
+    raise ValueError(f"cannot be checked: of most images a gate is within {CLOSE:g} of its threshold, in log-odds: "
+                     "change the threshold a little")
 
 
 def compare(session: Session, given: np.ndarray, logits: Tensor, gates: Tensor) -> None:

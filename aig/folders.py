@@ -26,7 +26,7 @@ import aig
 from aig.checkpoint import BEST, CHECKPOINT, CONFIG, TEST, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
 from aig.console import InputError
 from aig.inference import Macs, count_macs
-from aig.networks import architecture, budgets_of, fetched, results_of
+from aig.networks import architecture, budgets_of, digest, fetched, results_of
 from aig.runs import ARGS, atomic_write, make_folder, read_json, write_json
 from aig.runtime import PROGRAM
 from convnet_aig import AdaptiveResNet, check_thresholds
@@ -61,7 +61,6 @@ def save(
             raise ValueError(f"a network without `{name}` cannot be used by others: set it, as aig.load does")
     if len(model.classes) != model.linear.out_features:
         raise ValueError(f"{len(model.classes)} classes are named, but the network has {model.linear.out_features}")
-    check_thresholds(model.threshold, model.num_gates)
     if any((folder / name).exists() for name in (BEST, CHECKPOINT)):
         raise InputError(f"{folder} is the folder of a run: choose another one")
     there = [name for name in (WEIGHTS, CONFIG, CARD, TEST) if (folder / name).exists()]
@@ -69,11 +68,13 @@ def save(
         raise InputError(f"{folder} holds a {there[0]} already: add --overwrite, or choose another folder")
     file = checkpoint_in(fetched(run), *TRAINED) if run else None
     checkpoint = load_checkpoint(file) if file else {}
-    own = model.state_dict()
+    own = {key: value.cpu() for key, value in model.state_dict().items()}
     if any(not torch.equal(own[key], value) for key, value in checkpoint.get("state_dict", {}).items() if key in own):
         raise ValueError(f"the network is not that of {file}, whose results would be quoted")
     config = describe(model, file, checkpoint, licence)
-    results = results_of(file, checkpoint) if file else {}
+    json.dumps(config)  # what cannot be written is an error while the folder is as it was
+    now = {"checkpoint": WEIGHTS, "weights": digest(own)}
+    results = {key: {**result, **now} for key, result in results_of(file, checkpoint).items()} if file else {}
     text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results)
     make_folder(folder, "the model folder")
     (folder / CONFIG).unlink(missing_ok=True)  # without it the folder does not load until all is written
@@ -81,7 +82,7 @@ def save(
         target.write(to_bytes({key: value.contiguous() for key, value in own.items()}))
     (folder / TEST).unlink(missing_ok=True)  # of another network
     if results:
-        write_json(folder / TEST, {key: {**result, "checkpoint": WEIGHTS} for key, result in results.items()})
+        write_json(folder / TEST, results)
     with atomic_write(folder / CARD) as target:
         target.write(text.encode())
     write_json(folder / CONFIG, config)
@@ -92,6 +93,7 @@ def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any
     how, own = model.preprocess, recorded(checkpoint)
     run = read_json(file.with_name(ARGS)) if file else {}
     training = {name: run[name] for name in ("commands", "hardware", "versions") if name in run}
+    thresholds = check_thresholds(model.threshold, model.num_gates)
     config = {
         "library_name": PROGRAM,
         "library_version": aig.__version__,
@@ -101,12 +103,13 @@ def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any
         "mean": list(how.mean),
         "std": list(how.std),
         "photographs": how.photographs,
-        "threshold": model.threshold,
+        "threshold": model.threshold if isinstance(model.threshold, (int, float)) else thresholds,
         "budgets": budgets_of(file, checkpoint) if file else {},
         "training": training or own.get("training", {}),
         "licence": licence or own.get("licence", ""),
     }
-    flags = {name: value for name, value in own.items() if name not in config and not isinstance(value, dict)}
+    no_flags = {*config, "epochs_done"}
+    flags = {name: value for name, value in own.items() if name not in no_flags and not isinstance(value, dict)}
     flags |= {name: unplaced(value) for name, value in flags.items() if name in PATHS}
     trained = {"epochs_done": checkpoint["epoch"] - 1} if isinstance(checkpoint.get("epoch"), int) else {}
     return {**config, **trained, "flags": flags}

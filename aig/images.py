@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from aig.console import InputError
+from aig.runtime import rgb
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -19,7 +20,7 @@ def read_image(path: str | Path) -> Image.Image:
         with Image.open(path) as image:
             if image.mode == "P" and "transparency" in image.info:
                 image = image.convert("RGBA")  # else Pillow warns
-            return image.convert("RGB")
+            return rgb(image)
     except FileNotFoundError:
         raise InputError(f"cannot read the image {path}: no such file") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -96,7 +97,7 @@ class Preprocess:
 
     def pixels(self, image: Image.Image) -> Tensor:
         """The image as the network sees it, (3, size, size) uint8."""
-        return centred(self.size, self.short_side)(image.convert("RGB"))
+        return centred(self.size, self.short_side)(rgb(image))
 
     def __call__(self, image: Image.Image) -> Tensor:
         return Normaliser(self.mean, self.std)(self.pixels(image).float())

@@ -53,7 +53,7 @@ class Convolution:
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:
         statistics = (bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         weight, bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
+        self.channels, self.stride, self.padding, self.groups = conv.in_channels, conv.stride, conv.padding, conv.groups
         self.hold(weight.detach().contiguous(memory_format=torch.channels_last), bias.detach())
 
     def hold(self, weight: Tensor, bias: Tensor) -> None:
@@ -98,8 +98,12 @@ class ConditionalBlock:
         return [part for part in (*self.inner, self.last, self.shortcut, self.gate) if part is not None]
 
     def log_odds(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """What the gate says to each row, (N,), from what it pools of x."""
-        return self.gate(pooled, x.shape[2] * x.shape[3])[:, 0]
+        """What the gate says to each row, (N, 1), from what it pools of x; never in low precision."""
+        device, pixels = x.device.type, x.shape[2] * x.shape[3]
+        if not torch.is_autocast_enabled(device):
+            return self.gate(pooled, pixels)
+        with torch.autocast(device, enabled=False):
+            return self.gate(pooled.float(), pixels)
 
     def run(self, x: Tensor) -> Tensor:
         """relu(shortcut(x) + F(x)), written over x if the shortcut is the identity."""
@@ -181,7 +185,13 @@ class Accelerated(nn.Module):
         """Classifies images: (N, 3, H, W) -> logits (N, K) and per block z (N,), as the network it was made from.
 
         Mode "sample" takes or draws the same `noise` as that network, and so decides the same.
+
+        Raises ValueError for input of another shape or dtype; under autocast any dtype is taken.
         """
+        want, channels = self.linear.weight.dtype, self.conv1.channels
+        fits = x.dtype == want or torch.is_autocast_enabled(x.device.type)
+        if x.ndim != 4 or x.shape[1] != channels or not fits:
+            raise ValueError(f"images must be (N, {channels}, H, W) in {want}, not {tuple(x.shape)} in {x.dtype}")
         size = self.chunk_size(x)
         if check_gate_mode(self.gate_mode) in RUNS_EVERYTHING or not self.conditional:
             run = self.masked
@@ -237,7 +247,7 @@ class Accelerated(nn.Module):
                 x, pooled = block.run(x), None
                 continue
             pooled = block.gate.pool(x) if pooled is None else pooled
-            z.append(block.log_odds(x, pooled) + next(biases) > 0)
+            z.append(block.log_odds(x, pooled)[:, 0] + next(biases) > 0)
             x, pooled = block.run_open(x, pooled, z[-1])
         return self.finish(x, torch.stack(z))
 
@@ -248,7 +258,7 @@ class Accelerated(nn.Module):
             is_open = True
             if block.gate is not None:
                 pooled = block.gate.pool(x) if pooled is None else pooled
-                is_open = block.gate(pooled, x.shape[2] * x.shape[3]).item() + next(biases) > 0
+                is_open = block.log_odds(x, pooled).item() + next(biases) > 0
             x, pooled = (block.run(x), None) if is_open else block.skip(x, pooled)
             z.append([is_open])
         return self.finish(x, torch.tensor(z))
@@ -261,7 +271,7 @@ class Accelerated(nn.Module):
                 z.append(x.new_ones(len(x)))
                 x = block.run(x)
                 continue
-            score = block.log_odds(x, block.gate.pool(x))
+            score = block.log_odds(x, block.gate.pool(x))[:, 0]
             expected = self.gate_mode == "expected"
             z.append(score.sigmoid() if expected else (score + next(biases) > 0).to(score.dtype))
             x = block.scale(x, z[-1])
@@ -280,10 +290,11 @@ def accelerate(model: AdaptiveResNet, images: Tensor | None = None) -> Accelerat
     """
     fast = Accelerated(model)
     if images is not None:
-        fast.conditional = True
+        fast.gate_mode, mode = "argmax", fast.gate_mode  # others run everything, or draw
         skipping = time_forward(fast, images)
         fast.conditional = False
         fast.conditional = skipping <= time_forward(fast, images)
+        fast.gate_mode = mode
     return fast
 
 

@@ -16,19 +16,16 @@ from functools import cache, cached_property
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image
+from PIL import Image
 
 PROGRAM = "convnet-aig"  # the producer that a file of ours names
 METADATA = (  # of a file, each in JSON
     "program", "batch", "uint8", "image_size", "preprocess", "classes", "macs", "gated", "gate_mode", "threshold",
     "licence",
 )
-BILINEAR = 2  # Pillow's number for it
 Outputs = tuple[np.ndarray, np.ndarray]
 
 
@@ -38,6 +35,15 @@ def require(package: str) -> ModuleType:
         return importlib.import_module(package)
     except ImportError as error:
         raise ImportError(f"{package} is not installed ({error}): pip install {package}") from error
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, 8 bits a channel. Raises ValueError for pixels of which no range is known."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut off what is above 255
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
+    return image.convert("RGB")
 
 
 def available_cores() -> int:
@@ -202,17 +208,18 @@ class Session:
         """What the file takes of a PIL image of any size: (3, H, W) float32, or (h, w, 3) uint8 if it takes pixels.
 
         Raises:
-            ValueError: if the file does not say how.
+            ValueError: if the file does not say how, or as `rgb`.
         """
-        image, how = image.convert("RGB"), self.metadata["preprocess"]
+        image, how = rgb(image), self.metadata["preprocess"]
         if self.metadata["uint8"]:
             return np.asarray(image)
         if how is None:
-            raise ValueError("the file does not say how its images are made: export a network that aig.load gives")
+            raise ValueError("the file does not say how its images are made: export a network that aig.load gives, for "
+                             "square images")
         size, short = how["size"], min(image.size)
         wide, high = (length * how["short_side"] // short for length in image.size)
         left, top = round((wide - size) / 2), round((high - size) / 2)
-        image = image.resize((wide, high), BILINEAR).crop((left, top, left + size, top + size))
+        image = image.resize((wide, high), Image.Resampling.BILINEAR).crop((left, top, left + size, top + size))
         mean, std = (255 * np.array(how[name], np.float32) for name in ("mean", "std"))
         pixels = np.asarray(image, np.float32) * (1 / std) - mean / std  # (H, W, 3)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))

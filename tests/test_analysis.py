@@ -199,6 +199,12 @@ def test_thresholds_of_a_budget_are_a_mark_on_the_curve(run, runs, tmp_path):
         assert arrays["usual"].tolist()[:2] == [False, True]
 
 
+def test_thresholds_for_each_gate_are_not_asked_of_a_net_without_gates(runs, tmp_path):
+    main(["--resume", str(runs / "aig"), "--compare", str(runs / "plain"), "--out", str(tmp_path / "out"),
+          "--only", "curve", "--threshold", ",".join(["0.4"] * 6)])
+    assert {row["run"] for row in read_csv(tmp_path / "out" / "curve.csv")} == {"aig", "plain"}
+
+
 def test_a_run_validated_with_every_branch_is_analyzed_in_another_mode(run, runs, tmp_path):
     state = torch.load(runs / "aig" / CHECKPOINT, weights_only=True)
     save_checkpoint({**state, "args": {**state["args"], "gate_mode": "expected"}, "is_best": False}, tmp_path)

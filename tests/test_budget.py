@@ -131,6 +131,20 @@ def test_a_threshold_for_each_gate_opens_it_as_often_as_it_is_sampled():
     assert (scores > budget.rates_as_sampled(scores, budget.EXTREME)).all()
 
 
+def test_equal_scores_are_opened_together_and_no_threshold_is_on_them():
+    constant, few = torch.full((100, 1), 1.3), torch.tensor([0.0] * 40 + [1.0] * 50 + [3.0] * 10)[:, None]
+    for scores, shift, opened in ((constant, 0.0, 1), (constant, -2.0, 0), (few, 0.0, 0.6), (few, -1.5, 0.1)):
+        threshold = budget.rates_as_sampled(scores, shift)
+        assert (scores > threshold).float().mean() == pytest.approx(opened)
+        assert (scores - threshold).abs().min() >= 0.5
+
+
+def test_one_gate_has_one_threshold(loader):
+    single = small_net(rates=[1, 1, 0.5]).eval()
+    torch.nn.init.normal_(single.layer3[0].fc2.weight, 0, 5)
+    assert isinstance(aig.calibrate(single, loader, 0.85), float)
+
+
 def test_a_budget_out_of_reach_is_an_error(model, loader):
     least, most = budget.reach(model, count_macs(model, loader.size))
     for part in (0.5 * least, 1.01 * most):

@@ -12,6 +12,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ from aig.analysis.__main__ import main as analyse
 from aig.checkpoint import BEST, CONFIG, TEST, WEIGHTS
 from aig.console import InputError
 from aig.images import Preprocess
+from aig.networks import digest
 
 ROOT = Path(__file__).parent.parent
 DIGITS = ["--dataset", "digits", "--depth", 8, "--batch-size", 64, "--epochs", 1, "--device", "cpu"]
@@ -86,6 +88,24 @@ def test_a_network_comes_back_bit_for_bit(threshold, tmp_path):
     assert {file.name for file in (tmp_path / "model").iterdir()} == {CONFIG, WEIGHTS, folders.CARD}
 
 
+def test_thresholds_of_any_kind_are_kept_as_numbers(tmp_path):
+    model, target = network(), tmp_path / "model"
+    for threshold in (torch.full((3,), 0.25), np.full(3, 0.25, np.float32), list(torch.full((3,), 0.25))):
+        model.threshold = threshold
+        aig.save(model, target, overwrite=True)
+        assert aig.load(target).threshold == [0.25] * 3
+
+
+def test_what_cannot_be_written_leaves_the_folder_as_it_was(folder, tmp_path):
+    target = shutil.copytree(folder, tmp_path / "model")
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    model = network()
+    model.classes = [object() for _ in model.classes]
+    with pytest.raises(TypeError):
+        aig.save(model, target, overwrite=True)
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+
+
 def test_a_run_becomes_a_folder_of_its_best_model(digits, folder):
     best, loaded = aig.load(digits), aig.load(folder)
     assert same_outputs(best, loaded)
@@ -144,6 +164,22 @@ def test_the_card_quotes_no_result_of_an_epoch_that_was_trained_again(digits, tm
     assert "Not measured" in (tmp_path / "model" / folders.CARD).read_text()
 
 
+def test_results_stay_with_weights_that_were_completed(digits, tmp_path):
+    run = shutil.copytree(digits, tmp_path / "run")
+    checkpoint = torch.load(run / BEST, weights_only=True)
+    checkpoint["state_dict"] = {
+        key: value for key, value in checkpoint["state_dict"].items() if not key.endswith("num_batches_tracked")
+    }
+    torch.save(checkpoint, run / BEST)  # as the original's PyTorch 0.3 would
+    results = json.loads((run / TEST).read_text())
+    weights = digest(checkpoint["state_dict"])
+    (run / TEST).write_text(json.dumps({key: {**result, "weights": weights} for key, result in results.items()}))
+    aig.save(aig.load(run), tmp_path / "model", run)
+    aig.save(aig.load(tmp_path / "model"), tmp_path / "again", tmp_path / "model")
+    for place in ("model", "again"):
+        assert "Not measured" not in (tmp_path / place / folders.CARD).read_text()
+
+
 def test_results_of_a_run_are_not_given_to_another_network(digits, tmp_path):
     model = aig.load(digits)
     model.linear.weight.data /= 2
@@ -155,6 +191,8 @@ def test_what_a_folder_says_of_its_training_goes_along(digits, folder, tmp_path)
     export.main(["--resume", str(folder), "--folder", str(tmp_path / "again")])
     cards = [(place / folders.CARD).read_text().split("## Training")[1] for place in (folder, tmp_path / "again")]
     assert cards[0] == cards[1]
+    flags = [json.loads((place / CONFIG).read_text())["flags"] for place in (folder, tmp_path / "again")]
+    assert flags[0] == flags[1]
     assert json.loads((tmp_path / "again" / CONFIG).read_text())["licence"] == "mit"
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as TF
 
-from aig import images
+from aig import images, runtime
 from aig.console import InputError
 from aig.data import IMAGENET_STATISTICS
 from aig.images import Normaliser, Preprocess
@@ -30,6 +30,20 @@ def test_every_mode_of_image_is_read_as_rgb(tmp_path):
     palette = rgb.convert("P")
     palette.save(tmp_path / "transparent.png", transparency=b"\x00\x80")
     assert images.read_image(tmp_path / "transparent.png").mode == "RGB"
+
+
+def test_16_bits_are_scaled_to_8_and_a_range_that_nobody_knows_is_refused(tmp_path):
+    deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    wanted = Image.fromarray((deep // 256).astype(np.uint8)).convert("RGB")
+    how = Preprocess(16, MEAN, STD, False)
+    for image in (images.read_image(tmp_path / "deep.png"), runtime.rgb(Image.fromarray(deep.astype(">u2")))):
+        assert np.array_equal(image, wanted)
+    assert torch.equal(how(Image.fromarray(deep)), how(wanted))
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(deep.astype(dtype)).save(tmp_path / "unknown.tiff")
+        with pytest.raises(InputError, match=r"unknown\.tiff \(pixels of mode [FI] have no known range"):
+            images.read_image(tmp_path / "unknown.tiff")
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

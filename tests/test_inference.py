@@ -382,7 +382,7 @@ def test_it_is_for_inference_only_and_leaves_the_network_alone():
     assert {value.dtype for value in model.parameters()} == {torch.float32}
     fast.gate_mode = "maybe"
     with pytest.raises(ValueError, match="choose from argmax"):
-        fast(x)
+        fast(x.double())
 
 
 def test_it_can_be_moved_copied_and_saved():
@@ -410,6 +410,37 @@ def test_given_a_batch_it_chooses_a_form_and_the_outputs_stay(monkeypatch):
     assert chosen == [True, False]
     monkeypatch.undo()
     assert inference.time_forward(fast, x, repeats=1) > 0
+
+
+def test_the_choice_of_a_form_draws_nothing_and_skips_in_every_mode(monkeypatch):
+    model, x, tried = cifar(), images(3, (32, 32)), []
+    monkeypatch.setattr(inference, "time_forward", lambda network, images: tried.append(network.gate_mode) or 1)
+    for model.gate_mode in convnet_aig.GATE_MODES:
+        assert inference.accelerate(model, x).gate_mode == model.gate_mode
+    assert set(tried) == {"argmax"}
+
+
+@pytest.mark.parametrize("change", ["double", "half", "byte"])
+def test_input_of_another_dtype_or_shape_is_named(change):
+    fast, x = inference.accelerate(cifar(torch.float32)), images(2, (16, 16), torch.float32)
+    for wrong in (getattr(x, change)(), x[0], x[:, :1], x[:, 0]):
+        with pytest.raises(ValueError, match=r"images must be \(N, 3, H, W\) in torch\.float32, not \("):
+            fast(wrong)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_under_autocast_gates_decide_in_full_precision(fused, monkeypatch):
+    if not fused:
+        monkeypatch.setattr(inference, "fused_kernels", lambda: None)
+    fast, x, dtypes = inference.accelerate(cifar(torch.float32)), images(4, (16, 16), torch.float32), []
+    call = convnet_aig.FoldedGate.__call__
+    monkeypatch.setattr(convnet_aig.FoldedGate, "__call__",
+                        lambda *args: dtypes.append((found := call(*args)).dtype) or found)
+    with torch.autocast("cpu", torch.bfloat16):
+        for batch in (x, x[:1]):
+            logits, _ = fast(batch)
+            assert logits.isfinite().all()
+    assert set(dtypes) == {torch.float32}
 
 
 def test_a_forward_pass_on_a_device_is_timed_to_its_end(monkeypatch):

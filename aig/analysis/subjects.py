@@ -92,13 +92,13 @@ class Subject:
 def open_model(flags: argparse.Namespace) -> AdaptiveResNet:
     """The network of a checkpoint in the gate mode, at the threshold and on the device of its flags."""
     model = aig.load(flags.path)
-    by_budget = flags.budget and model.num_gates
-    threshold = aig.load(flags.path, flags.budget).threshold if by_budget else flags.threshold
-    try:
-        check_thresholds(threshold, model.num_gates)
-    except ValueError as error:
-        raise InputError(f"{flags.path}: {error}") from error
-    model.gate_mode, model.threshold = "argmax" if by_budget else flags.gate_mode, threshold
+    if model.num_gates:  # else all modes and thresholds are the same
+        threshold = aig.load(flags.path, flags.budget).threshold if flags.budget else flags.threshold
+        try:
+            check_thresholds(threshold, model.num_gates)
+        except ValueError as error:
+            raise InputError(f"{flags.path}: {error}") from error
+        model.gate_mode, model.threshold = "argmax" if flags.budget else flags.gate_mode, threshold
     return model.to(select_device(flags.device), memory_format=torch.channels_last)
 
 
