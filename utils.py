@@ -33,6 +33,7 @@ PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_po
 PER_CALL += ("workers",)
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
 IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
+GATING = ("target", "target_rates", "gate_mode", "threshold")  # decide what runs, and so which model is the best
 BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # see results/pilot.md
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
@@ -222,7 +223,10 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
         (("milestones", "lrdecay"), args.lr_schedule == "cosine", "is for --lr-schedule step: a cosine has no steps"),
         (("target", "lossfact"), trains_to_budget, "is about a rate for each gate: --budget takes its place"),
         (("target_warmup",), args.budget and not args.budget_floor, "is for the floor of the --budget: it has none"),
-        (("budget_weight", "budget_floor"), not args.budget, "does nothing without --budget"),
+        (("budget_weight", "budget_floor"), not trains_to_budget, "does nothing but in a training to a --budget"),
+        (("threshold",), args.test and args.gate_mode != "argmax", f"does nothing in gate mode {args.gate_mode}"),
+        (("gate_samples",), args.test and args.gate_mode != "sample", f"does nothing in gate mode {args.gate_mode}"),
+        (("overwrite",), args.test, "is for training: leave it out with --test"),
         (("distill_weight", "distill_temperature"), not args.distill, "does nothing without --distill"),
         (("visdom_server", "visdom_port", "visdom_env"), not args.visdom, "says where to show the run: add --visdom"),
     ]
@@ -238,6 +242,8 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
 
 def find_resumable(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Resolves `--resume auto`: the run folder, or a fresh start if it has no checkpoint yet."""
+    if "overwrite" in given:
+        raise InputError("--overwrite starts a run anew, --resume auto goes on with it: leave one out")
     folder = new_folder(args)
     there, *others = ((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST, runs.TEST))
     args.resume = given["resume"] = str(folder) if there else ""
@@ -278,7 +284,7 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
             f"--epochs {args.epochs}: the cosine of {args.resume} ends after {own.get('epochs')} epochs, and another "
             f"would jump; start a new run from its weights, with --pretrained"
         )
-    for name, usual in (("gate_decay", True), ("lr_schedule", "step")):
+    for name, usual in (("gate_decay", True), ("lr_schedule", "step"), ("budget", None)):
         if own and own.get(name, usual) != vars(args)[name]:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"{flag} is decided when a run begins: start a new one with --pretrained {args.resume}")
@@ -291,7 +297,14 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
         runs.check_vacant(folder, args.overwrite)
         if folder.resolve() == Path(args.resume).resolve().parent:
             raise InputError(f"{args.resume} would be overwritten: choose another --expname or --save")
-    elif {"expname", "save"} & given.keys():
+        return
+    if Path(args.resume).name in (runs.CHECKPOINT, runs.BEST):
+        if "overwrite" in given:
+            raise InputError(f"--overwrite starts a run anew: leave it out to go on from {args.resume}")
+    elif any((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST)) and not args.overwrite:
+        raise InputError(f"{folder} holds a run, which going on from {args.resume} would replace: copy that file into "
+                         "a folder of its own, or add --overwrite")
+    if {"expname", "save"} & given.keys():
         asked = new_folder(args) if "save" in given else folder.parent / args.expname
         if asked.resolve() != folder.resolve():
             raise InputError(f"{args.resume} continues in its own folder, {folder}, not in {asked}: leave out the name")
@@ -402,8 +415,6 @@ def run(
     """Tests or trains `model`, as `args` say, from a checkpoint, from pretrained weights or from new ones."""
     if checkpoint:
         rates = files.recorded(checkpoint).get("block_rates", model.target_rates)
-        if args.budget and not args.test and all(rate == 1 for rate in rates):
-            raise InputError(f"--budget: {args.resume} has no gates; start a new run with --pretrained {args.resume}")
         if [rate < 1 for rate in rates] != [rate < 1 for rate in model.target_rates]:
             raise InputError(f"with these target rates other blocks have gates than in {args.resume}: leave them out")
         files.load_weights(model, checkpoint["state_dict"], args.resume)
@@ -551,6 +562,9 @@ def check_training(args: argparse.Namespace, model: AdaptiveResNet, loaders: Loa
             f"the last batch of each epoch would have {train.dropped} image(s) and is left out: "
             "BatchNorm of the gates needs two in each process"
         )
+    if args.lr_schedule == "cosine" and len(train) == 1:
+        say("an epoch is a single step, so the last epoch trains nothing: its learning rate is 0 by --lr-schedule "
+            "cosine; choose a smaller --batch-size")
     if args.stochastic_depth and model.num_gates:
         raise InputError("--stochastic-depth is for nets without gates: add --target 1")
     if isinstance(args.stochastic_depth, list) and len(args.stochastic_depth) != sum(model.stages):
@@ -585,6 +599,12 @@ def make_state(
         if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
             state.best = -1.0
             say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+        if changed := [name for name in GATING if name in own and own[name] != vars(args).get(name)]:
+            state.best = -1.0
+            say(f"--{changed[0].replace('_', '-')} has changed: the best model is chosen anew")
+        if state.best >= 0 and not checkpoint.get("is_best") and not Path(args.resume).with_name(runs.BEST).exists():
+            state.best = -1.0
+            say(f"there is no {runs.BEST} beside {args.resume}: the best model is chosen anew")
         changed = [name for name in IMAGES if own.get(name) != vars(args).get(name)]
         if checkpoint.get("step") and changed:
             flag = changed[0].replace("_", "-")

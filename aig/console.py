@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 from aig import distributed
 
+ESCAPED = "backslashreplace"  # names of files need not be text: write what can be written
+
 
 class InputError(Exception):
     """Bad arguments, or missing or unfit input: one line that says what to do; exit status 2."""
@@ -91,7 +93,7 @@ class Log:
     def write_to(self, path: Path) -> None:
         """Appends to a file what waits, and from now on every line at once."""
         self.path, waiting, self.lines = path, self.lines, []
-        with suppress(OSError), path.open("a", encoding="utf-8") as file:
+        with suppress(OSError), path.open("a", encoding="utf-8", errors=ESCAPED) as file:
             file.writelines(waiting)
 
 
@@ -247,6 +249,8 @@ def run_command(main: Callable[[], None], name: str) -> NoReturn:
     with distributed.joined() as failures:
         if not distributed.world().is_main:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
+        if sys.stdout:  # else it was closed
+            sys.stdout.reconfigure(errors=ESCAPED)
         if status := outcome(main, name, failures):
             sys.exit(status)
     sys.exit(0)

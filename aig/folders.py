@@ -76,6 +76,7 @@ def save(
     now = {"checkpoint": WEIGHTS, "weights": digest(own)}
     results = {key: {**result, **now} for key, result in results_of(file, checkpoint).items()} if file else {}
     text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results)
+    text = text.encode(errors="backslashreplace")
     make_folder(folder, "the model folder")
     (folder / CONFIG).unlink(missing_ok=True)  # without it the folder does not load until all is written
     with atomic_write(folder / WEIGHTS) as target:
@@ -84,7 +85,7 @@ def save(
     if results:
         write_json(folder / TEST, results)
     with atomic_write(folder / CARD) as target:
-        target.write(text.encode())
+        target.write(text)
     write_json(folder / CONFIG, config)
 
 

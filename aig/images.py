@@ -23,7 +23,7 @@ def read_image(path: str | Path) -> Image.Image:
             return rgb(image)
     except FileNotFoundError:
         raise InputError(f"cannot read the image {path}: no such file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
 
 

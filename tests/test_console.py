@@ -119,6 +119,15 @@ def test_what_is_said_is_printed_and_waits_for_a_log(capsys):
     assert [line.split("  ")[1] for line in console.log.lines] == ["hello\n", "careful\n"]
 
 
+def test_a_name_that_is_no_text_is_printed_and_logged_with_escapes(run, tmp_path):
+    def main(argv):
+        console.say("caf\udce9")  # a file name of Latin-1, as Python reads it
+        console.log.write_to(tmp_path / "log.txt")
+
+    assert run(main) == (0, "caf\\udce9\n", "")
+    assert (tmp_path / "log.txt").read_text().endswith("caf\\udce9\n")
+
+
 def test_a_bar_is_silent_without_a_terminal(capsys):
     with console.progress_bar(range(3), "counting", 3, "number") as bar:
         assert list(bar) == [0, 1, 2]

@@ -46,6 +46,15 @@ def test_16_bits_are_scaled_to_8_and_a_range_that_nobody_knows_is_refused(tmp_pa
             images.read_image(tmp_path / "unknown.tiff")
 
 
+def test_an_error_of_a_decoder_names_the_image(monkeypatch):
+    def broken(path):
+        raise RuntimeError("Failed to decode image")  # as Pillow says of some AVIF files
+
+    monkeypatch.setattr(Image, "open", broken)
+    with pytest.raises(InputError, match=r"the image a\.jpg \(Failed to decode image\): repair"):
+        images.read_image("a.jpg")
+
+
 def test_an_image_that_cannot_be_read_is_named(tmp_path):
     path = tmp_path / "a.png"
     with pytest.raises(InputError, match=r"a\.png: no such file"):

@@ -361,6 +361,13 @@ def test_a_run_with_a_teacher_goes_on_only_with_that_teacher(run, tuned, tmp_pat
         (["--test", "--budget", 0.7, "--gate-mode", "sample"], "--gate-mode sample: --test --budget is about argmax"),
         (["--gate-decay"], "--gate-decay is decided when a run begins"),
         (["--lr-schedule", "step"], "--lr-schedule is decided when a run begins"),
+        (["--budget", 0.6], "--budget is decided when a run begins"),
+        (["--overwrite"], "--overwrite starts a run anew: leave it out to go on from"),
+        (["--resume", "auto", "--expname", "x", "--overwrite"], "leave one out"),
+        (["--test", "--overwrite"], "--overwrite is for training"),
+        (["--test", "--budget", 0.7, "--no-budget-floor"], "--budget-floor does nothing but in a training"),
+        (["--test", "--gate-mode", "all", "--threshold", 0.9], "--threshold does nothing in gate mode all"),
+        (["--test", "--gate-samples", 3], "--gate-samples does nothing in gate mode argmax"),
         (["--test", "--budget", 0.7, "--threshold", 0.4], "--threshold"),
         (["--test", "--budget", 0.01], "--budget: 0.01 is out of reach"),
         (["--test", "--distill", "plain"], "--distill is for training"),
@@ -373,6 +380,42 @@ def test_what_a_tuned_run_cannot_do_gets_one_line(run, copied, contents, flags, 
     assert (status, len(err.splitlines())) == (2, 1)
     assert message in err
     assert contents(copied) == before
+
+
+def test_a_copy_of_a_checkpoint_does_not_go_on_in_the_folder_of_another_run(run, copied, contents):
+    for name in ("plain", "gated"):
+        (copied / name / CHECKPOINT).rename(copied / f"{name}.pth.tar")
+    more = ("--epochs", 4, "--device", "cpu")
+    assert run(train.main, "--resume", copied / "plain.pth.tar", *more)[0] == 0
+    before = contents(copied)
+    for name in ("plain", "gated"):
+        status, _, err = run(train.main, "--resume", copied / f"{name}.pth.tar")
+        assert (status, len(err.splitlines())) == (2, 1)
+        assert f"{copied} holds a run, which going on from {copied / name}.pth.tar would replace" in err
+    assert contents(copied) == before
+    assert run(train.main, "--resume", copied / "plain.pth.tar", *more, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    ([], "there is no model_best.pth.tar beside"),
+    (["--threshold", 0.4], "--threshold has changed: the best model is chosen anew"),
+    (["--gate-mode", "sample"], "--gate-mode has changed: the best model is chosen anew"),
+])
+def test_the_best_model_is_one_that_is_there_and_was_chosen_alike(flags, message, run, tuned, tmp_path):
+    checkpoint = load_checkpoint(tuned / "plain" / CHECKPOINT)
+    torch.save({**checkpoint, "best_prec1": 99.5, "is_best": False}, tmp_path / CHECKPOINT)
+    if flags:
+        shutil.copy(tuned / "plain" / runs.BEST, tmp_path)
+    status, out, _ = run(train.main, "--resume", tmp_path, "--epochs", 4, "--device", "cpu", *flags)
+    assert (status, message in out, "best top-1 99.5" in out) == (0, True, False)
+    assert load_checkpoint(tmp_path / runs.BEST)["epoch"] == 5
+
+
+def test_a_cosine_of_one_step_an_epoch_says_so(run, tmp_path):
+    command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--lr-schedule", "cosine", "--epochs", 1]
+    for size, said in ((2048, True), (1024, False)):
+        _, out, _ = run(train.main, *command, "--batch-size", size, "--save", tmp_path, "--expname", str(size))
+        assert ("the last epoch trains nothing" in out) == said
 
 
 def test_flags_of_the_budget_and_the_teacher_win_on_resume(tuned, fitted, tmp_path):
@@ -433,7 +476,7 @@ def test_while_the_floor_comes_down_there_is_no_best_accuracy(run, tuned, tmp_pa
 def test_a_plain_run_is_not_resumed_to_a_budget(run, copied):
     status, _, err = run(train.main, "--resume", copied / "plain", "--budget", 0.7)
     assert (status, len(err.splitlines())) == (2, 1)
-    assert "has no gates; start a new run with --pretrained" in err
+    assert "--budget is decided when a run begins: start a new one with --pretrained" in err
 
 
 def test_a_network_without_gates_keeps_no_budget(run, copied):
@@ -485,8 +528,8 @@ def test_help_is_quick_grouped_and_complete(script):
         (["--budget", "0.6", "--lossfact", "1"], "--lossfact is about a rate for each gate"),
         (["--budget", "1"], "below 1"),
         (["--budget", "0.01"], "--budget: 0.01 is out of reach"),
-        (["--budget-weight", "3"], "--budget-weight does nothing without --budget"),
-        (["--no-budget-floor"], "--budget-floor does nothing without --budget"),
+        (["--budget-weight", "3"], "--budget-weight does nothing but in a training to a --budget"),
+        (["--no-budget-floor"], "--budget-floor does nothing but in a training to a --budget"),
         (["--budget", "0.6", "--no-budget-floor", "--target-warmup", "2"], "--target-warmup is for the floor"),
         (["--distill-weight", "0.3"], "--distill-weight does nothing without --distill"),
         (["--distill", "nowhere"], "no checkpoint at nowhere"),
