@@ -33,7 +33,7 @@ PER_CALL += ("test_size", "reestimate_bn", "visdom", "visdom_server", "visdom_po
 PER_CALL += ("workers",)
 ONLY_TRAINING = ("budget", "distill", "pretrained")  # what --test does not take over
 IMAGES = ("seed", "dataset", "split", "val_size", "train_size", "image_size")  # decide which images a step sees
-GATING = ("target", "target_rates", "gate_mode", "threshold")  # decide what runs, and so which model is the best
+GATING = ("target", "target_rates", "gate_mode", "threshold")  # decide what runs in validation; the last in argmax only
 BUDGET_WEIGHT, FINE_TUNING_LR = 50, 0.02  # see results/pilot.md
 DROPPED = {"temperature_end": None}  # flags of earlier versions, and the value at which they did nothing
 
@@ -57,7 +57,7 @@ def add_run_flags(run: argparse._ArgumentGroup) -> None:
     positive = number(int, 1)
     run.add_argument("--expname", type=experiment_name, help="name of the experiment and its run folder")
     run.add_argument("--save", default="", metavar="DIR", help="root of the run folders; '' means runs")
-    run.add_argument("--overwrite", action="store_true", help="replace an earlier run of that name")
+    run.add_argument("--overwrite", action="store_true", help="start anew in place of an earlier run of that name")
     run.add_argument("--resume", default="", metavar="RUN",
                      help="continue (or --test) this checkpoint or run folder; auto: the run folder's, if it has one")
     run.add_argument("--stop-after", type=positive, metavar="N", help="end after N more epochs, schedule unchanged")
@@ -215,6 +215,7 @@ def check_sources(args: argparse.Namespace) -> None:
 def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Raises InputError for flags that do not go together."""
     trains_to_budget = args.budget and not args.test
+    mode = "argmax" if args.test and args.budget else args.gate_mode
     rules = [  # flags, when they may not be given, and why
         (("dense", "test_size", "reestimate_bn"), not args.test, "is for --test: add it"),
         (("visdom", "tensorboard"), args.test, "shows a training: leave it out with --test"),
@@ -224,8 +225,8 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
         (("target", "lossfact"), trains_to_budget, "is about a rate for each gate: --budget takes its place"),
         (("target_warmup",), args.budget and not args.budget_floor, "is for the floor of the --budget: it has none"),
         (("budget_weight", "budget_floor"), not trains_to_budget, "does nothing but in a training to a --budget"),
-        (("threshold",), args.test and args.gate_mode != "argmax", f"does nothing in gate mode {args.gate_mode}"),
-        (("gate_samples",), args.test and args.gate_mode != "sample", f"does nothing in gate mode {args.gate_mode}"),
+        (("threshold",), args.test and mode != "argmax", f"does nothing in gate mode {mode}"),
+        (("gate_samples",), args.test and mode != "sample", f"does nothing in gate mode {mode}"),
         (("overwrite",), args.test, "is for training: leave it out with --test"),
         (("distill_weight", "distill_temperature"), not args.distill, "does nothing without --distill"),
         (("visdom_server", "visdom_port", "visdom_env"), not args.visdom, "says where to show the run: add --visdom"),
@@ -301,9 +302,9 @@ def check_resumable(args: argparse.Namespace, checkpoint: dict, given: dict[str,
     if Path(args.resume).name in (runs.CHECKPOINT, runs.BEST):
         if "overwrite" in given:
             raise InputError(f"--overwrite starts a run anew: leave it out to go on from {args.resume}")
-    elif any((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST)) and not args.overwrite:
+    elif any((folder / name).exists() for name in (runs.CHECKPOINT, runs.BEST)):
         raise InputError(f"{folder} holds a run, which going on from {args.resume} would replace: copy that file into "
-                         "a folder of its own, or add --overwrite")
+                         "a folder of its own")
     if {"expname", "save"} & given.keys():
         asked = new_folder(args) if "save" in given else folder.parent / args.expname
         if asked.resolve() != folder.resolve():
@@ -599,12 +600,17 @@ def make_state(
         if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
             state.best = -1.0
             say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
-        if changed := [name for name in GATING if name in own and own[name] != vars(args).get(name)]:
+        modes = (own.get("gate_mode"), args.gate_mode)
+        gating = GATING if "argmax" in modes else GATING[:-1]
+        changed = [name for name in gating if name in own and own[name] != vars(args).get(name)]
+        if changed and model.num_gates:
             state.best = -1.0
             say(f"--{changed[0].replace('_', '-')} has changed: the best model is chosen anew")
-        if state.best >= 0 and not checkpoint.get("is_best") and not Path(args.resume).with_name(runs.BEST).exists():
+        file = Path(args.resume)
+        is_best = checkpoint.get("is_best") and file.name == runs.CHECKPOINT  # then `Run.tidy` makes a copy of it
+        if state.best >= 0 and not is_best and not file.with_name(runs.BEST).exists():
             state.best = -1.0
-            say(f"there is no {runs.BEST} beside {args.resume}: the best model is chosen anew")
+            say(f"there is no {runs.BEST} beside {file}: the best model is chosen anew")
         changed = [name for name in IMAGES if own.get(name) != vars(args).get(name)]
         if checkpoint.get("step") and changed:
             flag = changed[0].replace("_", "-")

@@ -249,7 +249,7 @@ def run_command(main: Callable[[], None], name: str) -> NoReturn:
     with distributed.joined() as failures:
         if not distributed.world().is_main:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
-        if sys.stdout:  # else it was closed
+        if hasattr(sys.stdout, "reconfigure"):  # else it was closed, or is a notebook's
             sys.stdout.reconfigure(errors=ESCAPED)
         if status := outcome(main, name, failures):
             sys.exit(status)

@@ -24,7 +24,7 @@ from safetensors.torch import save as to_bytes
 
 import aig
 from aig.checkpoint import BEST, CHECKPOINT, CONFIG, TEST, TRAINED, WEIGHTS, checkpoint_in, load_checkpoint, recorded
-from aig.console import InputError
+from aig.console import ESCAPED, InputError
 from aig.inference import Macs, count_macs
 from aig.networks import architecture, budgets_of, digest, fetched, results_of
 from aig.runs import ARGS, atomic_write, make_folder, read_json, write_json
@@ -76,11 +76,11 @@ def save(
     now = {"checkpoint": WEIGHTS, "weights": digest(own)}
     results = {key: {**result, **now} for key, result in results_of(file, checkpoint).items()} if file else {}
     text = card(folder.resolve().name, config, count_macs(model, model.preprocess.size), results)
-    text = text.encode(errors="backslashreplace")
+    text, weights = text.encode(errors=ESCAPED), to_bytes({key: value.contiguous() for key, value in own.items()})
     make_folder(folder, "the model folder")
     (folder / CONFIG).unlink(missing_ok=True)  # without it the folder does not load until all is written
     with atomic_write(folder / WEIGHTS) as target:
-        target.write(to_bytes({key: value.contiguous() for key, value in own.items()}))
+        target.write(weights)
     (folder / TEST).unlink(missing_ok=True)  # of another network
     if results:
         write_json(folder / TEST, results)

@@ -98,7 +98,7 @@ class ConditionalBlock:
         return [part for part in (*self.inner, self.last, self.shortcut, self.gate) if part is not None]
 
     def log_odds(self, x: Tensor, pooled: Tensor) -> Tensor:
-        """What the gate says to each row, (N, 1), from what it pools of x; never in low precision."""
+        """What the gate says to each row, (N, 1), from what it pools of x; no product in low precision."""
         device, pixels = x.device.type, x.shape[2] * x.shape[3]
         if not torch.is_autocast_enabled(device):
             return self.gate(pooled, pixels)
@@ -186,12 +186,13 @@ class Accelerated(nn.Module):
 
         Mode "sample" takes or draws the same `noise` as that network, and so decides the same.
 
-        Raises ValueError for input of another shape or dtype; under autocast any dtype is taken.
+        Raises ValueError for input of another shape or dtype; under autocast any floating-point dtype is taken.
         """
-        want, channels = self.linear.weight.dtype, self.conv1.channels
-        fits = x.dtype == want or torch.is_autocast_enabled(x.device.type)
+        want, channels = self.conv1.weight.dtype, self.conv1.channels
+        fits = x.dtype == want or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type))
         if x.ndim != 4 or x.shape[1] != channels or not fits:
             raise ValueError(f"images must be (N, {channels}, H, W) in {want}, not {tuple(x.shape)} in {x.dtype}")
+        x = x.to(want)
         size = self.chunk_size(x)
         if check_gate_mode(self.gate_mode) in RUNS_EVERYTHING or not self.conditional:
             run = self.masked

@@ -437,7 +437,7 @@ def test_under_autocast_gates_decide_in_full_precision(fused, monkeypatch):
     monkeypatch.setattr(convnet_aig.FoldedGate, "__call__",
                         lambda *args: dtypes.append((found := call(*args)).dtype) or found)
     with torch.autocast("cpu", torch.bfloat16):
-        for batch in (x, x[:1]):
+        for batch in (x, x[:1], x.bfloat16(), x.double()):
             logits, _ = fast(batch)
             assert logits.isfinite().all()
     assert set(dtypes) == {torch.float32}

@@ -393,22 +393,32 @@ def test_a_copy_of_a_checkpoint_does_not_go_on_in_the_folder_of_another_run(run,
         assert (status, len(err.splitlines())) == (2, 1)
         assert f"{copied} holds a run, which going on from {copied / name}.pth.tar would replace" in err
     assert contents(copied) == before
-    assert run(train.main, "--resume", copied / "plain.pth.tar", *more, "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    ([], "there is no model_best.pth.tar beside"),
-    (["--threshold", 0.4], "--threshold has changed: the best model is chosen anew"),
-    (["--gate-mode", "sample"], "--gate-mode has changed: the best model is chosen anew"),
-])
-def test_the_best_model_is_one_that_is_there_and_was_chosen_alike(flags, message, run, tuned, tmp_path):
+@pytest.mark.parametrize(("name", "is_best"), [(CHECKPOINT, False), ("copy.pth.tar", True)])
+def test_a_best_model_that_is_not_there_is_none(name, is_best, run, tuned, tmp_path):
     checkpoint = load_checkpoint(tuned / "plain" / CHECKPOINT)
-    torch.save({**checkpoint, "best_prec1": 99.5, "is_best": False}, tmp_path / CHECKPOINT)
-    if flags:
-        shutil.copy(tuned / "plain" / runs.BEST, tmp_path)
-    status, out, _ = run(train.main, "--resume", tmp_path, "--epochs", 4, "--device", "cpu", *flags)
-    assert (status, message in out, "best top-1 99.5" in out) == (0, True, False)
+    torch.save({**checkpoint, "best_prec1": 99.5, "is_best": is_best}, tmp_path / name)
+    status, out, _ = run(train.main, "--resume", tmp_path / name, "--epochs", 4, "--device", "cpu")
+    assert (status, f"there is no {runs.BEST} beside" in out, "best top-1 99.5" in out) == (0, True, False)
     assert load_checkpoint(tmp_path / runs.BEST)["epoch"] == 5
+
+
+@pytest.mark.parametrize(("name", "flags", "anew"), [
+    ("gated", ["--threshold", 0.4], True),
+    ("gated", ["--gate-mode", "sample"], True),
+    ("gated", ["--lr", 0.01], False),
+    ("sampled", ["--threshold", 0.4], False),
+    ("plain", ["--gate-mode", "sample"], False),  # all modes are the same
+])
+def test_the_best_model_is_one_that_was_chosen_alike(name, flags, anew, run, tuned, tmp_path):
+    recorded = {"gate_mode": "sample"} if name == "sampled" else {}
+    file = resume_altered(tuned / name.replace("sampled", "gated"), tmp_path / "run", **recorded)
+    torch.save({**load_checkpoint(file), "best_prec1": 99.5, "is_best": False}, file)
+    shutil.copy(file, file.with_name(runs.BEST))
+    _, out, _ = run(train.main, "--resume", file, "--device", "cpu", "--start-epoch", 3, *flags)
+    assert (f"{flags[0]} has changed: the best model is chosen anew" in out) == anew
+    assert ("best top-1 99.5" in out) != anew
 
 
 def test_a_cosine_of_one_step_an_epoch_says_so(run, tmp_path):

@@ -21,7 +21,7 @@ from aig import checkpoint as files
 from aig import distributed, runs
 from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
-from aig.console import InputError, Parser, number, one_or_several, run_command, say
+from aig.console import ESCAPED, InputError, Parser, number, one_or_several, run_command, say
 from aig.data import DATASETS, check_classes, default_workers
 from convnet_aig import RUNS_EVERYTHING
 
@@ -170,7 +170,7 @@ def write(folder: Path, part: parts.Part, form: str) -> None:
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(rows)
         with runs.atomic_write(folder / f"{table}.csv") as file:
-            file.write(text.getvalue().encode())
+            file.write(text.getvalue().encode(errors=ESCAPED))
     for name, arrays in part.arrays.items():
         for other in FORMATS:  # of an earlier analysis
             (folder / f"{name}.{other}").unlink(missing_ok=True)
