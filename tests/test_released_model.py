@@ -20,6 +20,7 @@ RUNS = {  # of each folder, the run that it is from
     "aig20-cifar10-jpeg-budget0.6": "pays-budget0.6-s1",
     "aig20-cifar10-jpeg-floor": "pays-floor-s1",
     "resnet20-cifar10-jpeg-s1": "pays-teacher-s1",
+    "resnet20-cifar10-jpeg-s2": "pays-teacher-s2",
 }
 AIRPLANE, PROBABILITY, GRAPH = 0, 0.9491, "011110101"  # for `picture`, when it was released
 
