@@ -1,4 +1,4 @@
-"""ConvNet-AIG: residual networks whose every residual block is behind a gate, decided image by image.
+"""ConvNet-AIG: residual networks in which gates decide, image by image, which residual blocks run.
 
     x_{l+1} = relu(shortcut_l(x_l) + z_l(x_l) * F_l(x_l)),   z_l(x) in {0, 1}
 
@@ -105,7 +105,7 @@ class Gate(nn.Module):
 class FoldedGate:
     """A gate with its BatchNorm folded in, and one output: the log-odds of "execute" instead of two logits.
 
-    No Module: for one small image, the work of Module itself would be felt.
+    Not an nn.Module: its overhead would be felt for one small image.
     """
 
     def __init__(self, fc1: nn.Conv2d, bn: nn.BatchNorm1d, fc2: nn.Conv2d) -> None:
@@ -138,9 +138,9 @@ class GatedBlock(Gate):
     """A residual block behind its gate; subclasses have `build_residual`, which makes the branch, and its `layers`.
 
     Attributes:
-        expansion: of the class, channels of the output for each of `planes`.
+        expansion: of the class, output channels divided by `planes`.
         gated: whether there is a gate.
-        drop: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity, for blocks without one.
+        drop: stochastic depth (Huang et al., ECCV 2016), the paper's control for adaptivity, in blocks without a gate.
     """
 
     def __init__(

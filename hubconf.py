@@ -18,7 +18,7 @@ _FOLDER = _Path(__file__).parent / "results" / "model"
 
 
 def aig_resnet20_cifar10_jpeg(pretrained: bool = True):
-    """AIG ResNet-20 for CIFAR-10, trained on its copy in JPEG at quality 75 to a budget of 0.6. See results/model.
+    """AIG ResNet-20, gated to a budget of 0.6, trained on CIFAR-10 as JPEG at quality 75. See results/model.
 
     Raises:
         ValueError: with pretrained=False.
@@ -40,7 +40,7 @@ def convnet_aig_50(pretrained: bool = False, target_rates=0.7, num_classes: int 
 
     Args:
         pretrained: must be False: there are no trained weights of it.
-        target_rates: one for all blocks, or one a block. A block at rate 1 has no gate.
+        target_rates: one for all blocks, or one per block. A block at rate 1 has no gate.
 
     Raises:
         ValueError: with pretrained=True.

@@ -82,17 +82,17 @@ def add_training_flags(training: argparse._ArgumentGroup) -> None:
     above0 = number(float, above=0)
     training.add_argument("--epochs", type=number(int, 1, 100_000), help="length of the schedule")
     training.add_argument("--start_epoch", "--start-epoch", type=number(int, 1), default=1, help="first epoch to run")
-    training.add_argument("--batch-size", type=number(int, 2), default=256, help="of all processes together")
+    training.add_argument("--batch-size", type=number(int, 2), default=256, help="images, over all processes")
     training.add_argument("--lr", "--learning-rate", type=above0, default=0.1, help="learning rate at the start")
     training.add_argument("--lrfact", type=number(float, 0), default=1, help="learning-rate factor of the gates")
     training.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     training.add_argument("--weight-decay", "--wd", type=number(float, 0), help="of SGD")
-    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates")
+    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates; 1: no gates")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
     training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
     training.add_argument("--stochastic-depth", type=one_or_several(number(float, 0, below=1)), default=0,
                           metavar="P[,P,...]", help="drop branches with this probability, one for all or one "
-                          "a block, in nets without gates")
+                          "per block, in nets without gates")
 
 
 def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
@@ -110,10 +110,10 @@ def add_newer_flags(newer: argparse._ArgumentGroup) -> None:
                        help="start from these weights: a run of ours, a .pth or .safetensors file of torchvision or "
                        f"timm, torchvision[:NAME]; --lr is then {FINE_TUNING_LR:g} by default")
     newer.add_argument("--budget", type=part, metavar="B",
-                       help="one target for the whole net instead of --target: this part of the dense net's "
-                       "multiply-accumulates; with --test: choose thresholds for it")
+                       help="one target for the whole net instead of --target: this fraction of the dense "
+                       "net's multiply-accumulates; with --test: choose thresholds for it")
     newer.add_argument("--budget-weight", type=above0, default=BUDGET_WEIGHT, metavar="W",
-                       help="weight of its loss and of the floor's")
+                       help="weight of the budget's loss and of the floor's")
     newer.add_argument("--budget-floor", action=switch, default=True,
                        help="penalise gates that open more rarely than a floor, "
                        "which comes down in --target-warmup epochs")
@@ -142,7 +142,7 @@ def add_evaluation_flags(evaluation: argparse._ArgumentGroup) -> None:
     evaluation.add_argument("--gate-mode", default="argmax", choices=GATE_MODES, help="how gates decide in evaluation")
     evaluation.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), default=0.5,
                             metavar="P[,P,...]", help="gate mode argmax opens a gate where P(open) is above this, "
-                            "one for all or one a gate")
+                            "one for all or one per gate")
     evaluation.add_argument("--dense", action="store_true",
                             help="--test: compute every branch and mask it, instead of running only the open ones")
     evaluation.add_argument("--test-size", type=positive, metavar="N",
@@ -223,8 +223,8 @@ def check_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
         (("threshold", "reestimate_bn"), args.test and args.budget, "does not go with --test --budget: leave it out"),
         (("milestones", "lrdecay"), args.lr_schedule == "cosine", "is for --lr-schedule step: a cosine has no steps"),
         (("target", "lossfact"), trains_to_budget, "is about a rate for each gate: --budget takes its place"),
-        (("target_warmup",), args.budget and not args.budget_floor, "is for the floor of the --budget: it has none"),
-        (("budget_weight", "budget_floor"), not trains_to_budget, "does nothing but in a training to a --budget"),
+        (("target_warmup",), args.budget and not args.budget_floor, "is for the floor, which is off: leave it out"),
+        (("budget_weight", "budget_floor"), not trains_to_budget, "works only in a training to a --budget"),
         (("threshold",), args.test and mode != "argmax", f"does nothing in gate mode {mode}"),
         (("gate_samples",), args.test and mode != "sample", f"does nothing in gate mode {mode}"),
         (("overwrite",), args.test, "is for training: leave it out with --test"),
@@ -417,7 +417,7 @@ def run(
     if checkpoint:
         rates = files.recorded(checkpoint).get("block_rates", model.target_rates)
         if [rate < 1 for rate in rates] != [rate < 1 for rate in model.target_rates]:
-            raise InputError(f"with these target rates other blocks have gates than in {args.resume}: leave them out")
+            raise InputError(f"these target rates put gates at other blocks than {args.resume} has: leave them out")
         files.load_weights(model, checkpoint["state_dict"], args.resume)
     elif pretrained:
         say(pretrained.load_into(model, loaders.val.classes))

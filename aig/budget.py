@@ -2,7 +2,7 @@
 
     net.threshold = aig.calibrate(net, loader, 0.7)
 
-A budget is a part of the dense network's multiply-accumulates; those of the gates count as executed.
+A budget is a fraction of the dense network's multiply-accumulates; those of the gates count as executed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def make_budget(
     cost = count_macs(model, size)
     least, most = reach(model, cost)
     if fraction <= least:
-        raise ValueError(f"{fraction:g} is out of reach, {least:.3f} of the dense net always run")
+        raise ValueError(f"{fraction:g} is out of reach: {least:.3f} of the dense net always run")
     branches = torch.tensor(cost.branches, dtype=sum_dtype(device), device=device) / cost.dense
     fixed = (cost.stem + sum(cost.shortcuts) + sum(cost.gates) + cost.head) / cost.dense
     alike = min(1, (fraction - least) / (most - least))
@@ -65,21 +65,21 @@ class Trial(NamedTuple):
     log_odds: Tensor  # (G,), the thresholds of the gates
     scores: Tensor  # (N, G), the gates' log-odds for each image
     loss: float  # cross entropy
-    executed: float  # multiply-accumulates, as a part of the dense network's
+    executed: float  # multiply-accumulates, as a fraction of the dense network's
 
 
 def calibrate(model: AdaptiveResNet, loader: Batches, budget: float) -> float | list[float]:
     """The thresholds at which mode "argmax" executes `budget`: one for all gates, or one for each.
 
-    With one for each, all log-odds are shifted by one amount, and each gate opens as often as samples of its shifted
-    log-odds would. Of both ways the one with the lower loss is taken. What a gate sees depends on what others before it
-    decided, so thresholds are chosen from scores, tried, and chosen again, until they meet the budget.
+    One for each: the log-odds of all gates get the same shift, and each threshold opens its gate as often as sampling
+    from the shifted log-odds would. The way with the lower loss is taken. What a gate sees depends on the decisions of
+    those before it, so thresholds are chosen from scores, tried, and chosen again, until they meet the budget.
 
     Args:
         model: its modes and threshold are restored.
         loader: batches of images (n, 3, H, W) and labels (n,), a DataLoader for instance, which is gone through several
-            times. To choose on: not those of training, if possible, and never those of the test.
-        budget: a part of the dense network's multiply-accumulates.
+            times. Use held-out images if possible, and never test images.
+        budget: a fraction of the dense network's multiply-accumulates.
 
     Raises:
         ValueError: if there are no images, or no thresholds within 0.05 of the budget.

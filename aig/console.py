@@ -1,6 +1,6 @@
 """What a command says and how it ends: one-line errors, flags, signals, progress bars, exit status.
 
-Exit status: 0 done; 2 bad arguments, or missing or unfit input (one line on stderr); 128 + the signal that stopped a
+Exit status: 0 done; 2 bad arguments, or missing or invalid input (one line on stderr); 128 + the signal that stopped a
 training, which is saved first; 1 anything else.
 """
 
@@ -28,7 +28,7 @@ ESCAPED = "backslashreplace"  # names of files need not be text: write what can 
 
 
 class InputError(Exception):
-    """Bad arguments, or missing or unfit input: one line that says what to do; exit status 2."""
+    """Bad arguments, or missing or invalid input: one line that says what to do; exit status 2."""
 
 
 class TrainingError(Exception):
@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
             try:
                 found[name] = typed(self.flags[name], value)
             except (argparse.ArgumentTypeError, TypeError, ValueError, OverflowError) as error:
-                raise InputError(f"{source}: the {name.replace('_', '-')} it records is unfit: {error}") from error
+                raise InputError(f"{source}: the {name.replace('_', '-')} it records is invalid: {error}") from error
         return found
 
 

@@ -196,7 +196,7 @@ def note(model: AdaptiveResNet, tested: dict[str, Any]) -> str:
         text.append("A gate opens where P(open) is above the threshold. Filled blocks ran, dashed ones were skipped; "
                     "the numbers are P(open).")
     if {"images", "top1"} <= tested.keys():
-        text.append(f"{tested['top1']:.1f} % of {tested['images']:,} test images were classified rightly.")
+        text.append(f"{tested['top1']:.1f} % of {tested['images']:,} test images were classified correctly.")
     return " ".join(text)
 
 

@@ -63,7 +63,7 @@ class Recipe:
     log_interval: int = 20  # the same on a terminal
 
     def at(self, epoch: int, progress: float) -> tuple[float, float | None]:
-        """What a step uses at whose end the part `progress` of the epoch is done, in (0, 1].
+        """The settings of the step that ends at the fraction `progress` of the epoch, in (0, 1].
 
         The learning rate, and how far target rates have come from 1 to their values, None for all the way.
         """

@@ -261,7 +261,7 @@ def export_onnx(
 ) -> None:
     """Writes a network, with the thresholds that it has now, to an ONNX file, after checking what the file computes.
 
-    In gate mode "argmax" the file skips; of a model in mode "all" it is the dense network, a yardstick.
+    In gate mode "argmax" the file skips; of a model in mode "all" it is the dense network, a baseline.
 
     Args:
         model: stays as it is; exported as for `model.eval()`, in float32.
@@ -384,7 +384,7 @@ def clear_images(model: AdaptiveResNet, form: Form, random: torch.Generator) -> 
         if sum(len(images) for images, _, _ in found) >= CHECKED:
             givens, *wanted = zip(*found, strict=True)
             return np.concatenate(givens), *map(torch.cat, wanted)
-    raise ValueError(f"cannot be checked: of most images a gate is within {CLOSE:g} of its threshold, in log-odds: "
+    raise ValueError(f"cannot be checked: for most images some gate is within {CLOSE:g} of its threshold, in log-odds: "
                      "change the threshold a little")
 
 
@@ -410,7 +410,7 @@ def make_parser() -> Parser:
     parser.add_argument("--size", type=number(int, 8, 4096), metavar="PIXELS",
                         help="height and width of the images (default: as in training)")
     parser.add_argument("--uint8", action="store_true",
-                        help="take pixels of images of any size; to resize and normalise them is part of the file")
+                        help="take pixels of images of any size; the file then resizes and normalises them")
     decides = parser.add_mutually_exclusive_group()
     decides.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), metavar="P[,P,...]",
                          help="gates open where P(open) is above this (default: as the checkpoint records it)")

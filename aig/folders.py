@@ -127,7 +127,7 @@ def unplaced(value: Any) -> Any:
 def card(name: str, config: dict[str, Any], cost: Macs, results: dict[str, dict[str, Any]]) -> str:
     """The model card, in Markdown, with the header that the Hub reads."""
     structure, size, gated = config["architecture"], config["image_size"], sum(config["architecture"]["gated"])
-    what = "A plain ResNet, as a teacher or yardstick for networks with gates."
+    what = "A plain ResNet, as a teacher or baseline for networks with gates."
     gates, cost_of_gates = "", ""
     if gated:
         what = (
@@ -166,7 +166,7 @@ print(net.classes[logits.argmax()], [int(z) for z in gates])  # gates: 1 for eac
 - **Network**: {structure["network"]} of {sum(structure["stages"])} {structure["block"]}s \
 ({" + ".join(map(str, structure["stages"]))} by stage), {gated or "none"} of them with a gate; \
 {structure["parameters"]:,} parameters.
-- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates an image if every branch runs{cost_of_gates}.
+- **Computation**: {cost.dense / 1e6:.2f} M multiply-accumulates per image if every branch runs{cost_of_gates}.
 - **Input**: RGB, {size} x {size} pixels, scaled to [0, 1], mean {mean}, std {std}.
 {gates}- **Classes** ({len(config["classes"])}): {", ".join(classes)}.
 - **Licence**: {html.escape(config["licence"]) or "not stated"}.
@@ -205,7 +205,7 @@ def accuracies(results: dict[str, dict[str, Any]], config: dict[str, Any]) -> st
                 values[0] += f" ± {result['top1_std']:.2f}"
             values += [f"{result['execution_rate']:.3f}", f"{result['macs_fraction']:.3f}", f"{result['images']:,}"]
             threshold = result["threshold"] if key.startswith("argmax") and gated else "–"
-            values.append("one a gate" if isinstance(threshold, list) else str(threshold)[:6])
+            values.append("one per gate" if isinstance(threshold, list) else str(threshold)[:6])
             lines.append(f"| `{key}` | {' | '.join(values)} |")
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"the test results in {TEST} are damaged ({error!r}): move them away") from error
@@ -217,8 +217,8 @@ def accuracies(results: dict[str, dict[str, Any]], config: dict[str, Any]) -> st
     ]
     return "\n".join([
         "## Accuracy", "",
-        f"Of the test images of `{where}`, by `--test`. Blocks run as a part of all; multiply-accumulates, with those "
-        "of the gates, as a part of the dense net's.", "", *lines, *(modes if gated else []),
+        f"On the test images of `{where}`, by `--test`. Blocks run are a fraction of all, multiply-accumulates (gates "
+        "included) of the dense net's.", "", *lines, *(modes if gated else []),
     ])
 
 
@@ -227,11 +227,11 @@ def limits(flags: dict[str, Any]) -> str:
     lines = [
         "## Limits", "",
         "- It puts every picture into one of its classes, and its confidence is not calibrated.",
-        "- This card says nothing of its accuracy against attacks, or on images of another kind.",
+        "- This card says nothing about its accuracy against attacks, or on images of another kind.",
     ]
     if epochs := flags.get("epochs"):
-        lines.append(f"- One training (epochs planned: {epochs}, seed {flags.get('seed')}) says nothing of how much "
+        lines.append(f"- One training (epochs planned: {epochs}, seed {flags.get('seed')}) does not show how much "
                      "results vary.")
     if not flags.get("val_size") and flags:
-        lines.append("- No training images were held out: while it trained, it was validated on the images tested.")
+        lines.append("- No training images were held out: while it trained, it was validated on the test images.")
     return "\n".join(lines)

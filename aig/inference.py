@@ -47,7 +47,7 @@ FEW = 2  # so many photographs at a time are no faster than one by one
 class Convolution:
     """A convolution with its BatchNorm folded in, and the sum and the ReLU that may follow.
 
-    No Module, as nothing below `Accelerated` is: for one small image, the work of Module itself would be felt.
+    Not an nn.Module, as nothing below `Accelerated` is: its overhead would be felt for one small image.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d) -> None:

@@ -66,7 +66,7 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
 
     Args:
         path: where it is, or OWNER/NAME on the Hugging Face Hub.
-        budget: take the thresholds that `--test --budget` found for this part of the dense net's multiply-accumulates.
+        budget: take the thresholds that `--test --budget` found for this fraction of the dense net's MACs.
 
     Raises:
         InputError: if there is no such file, it holds no ConvNet-AIG, or no thresholds were found for the budget.
@@ -91,7 +91,7 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
     model.preprocess = Preprocess(size, mean, std, bool(photographs))
     model.threshold = recorded_threshold(own, model.num_gates)
     if file.name == WEIGHTS and model.threshold != own.get("threshold", 0.5):
-        raise InputError(f"{file}: the threshold in the {CONFIG} beside it is unfit for {model.num_gates} gates")
+        raise InputError(f"{file}: the threshold in the {CONFIG} beside it is invalid for {model.num_gates} gates")
     if budget is not None:
         known = budgets_of(file, checkpoint)
         if f"{budget:g}" not in known:
@@ -101,14 +101,14 @@ def load(path: str | Path, budget: float | None = None) -> AdaptiveResNet:
         try:
             check_thresholds(model.threshold, model.num_gates)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the thresholds kept for the budget {budget:g} of {file} are unfit: {error}") from error
+            raise InputError(f"the thresholds kept for the budget {budget:g} of {file} are invalid: {error}") from error
     return model.eval()
 
 
 def fetched(path: str | Path) -> Path:
-    """The path; if nothing is there, and it may be a name on the Hugging Face Hub, where that model was downloaded to.
+    """The path; or where the model was downloaded to, if nothing is there and it may be a name on the Hugging Face Hub.
 
-    Raises InputError if it cannot be had.
+    Raises InputError if it cannot be downloaded.
     """
     path = Path(path)
     if not HUB_NAME.fullmatch(str(path)) or path.parent.exists() or path.parts[0] == "runs":

@@ -85,7 +85,7 @@ def static_warning(rates: Sequence[float], target_rates: Sequence[float]) -> str
         return None
     return (
         "warning: every gate did the same for nearly every image, so the network is a smaller static one; "
-        "try a smaller --lr or --lrfact, and no --no-budget-floor"
+        "try a smaller --lr or --lrfact, or --budget-floor if it is off"
     )
 
 
@@ -115,7 +115,7 @@ def collapsed_warning(rates: Sequence[float], target_rates: Sequence[float]) -> 
     named = ", ".join(stuck[:5]) + ", ..." * (len(stuck) > 5)
     return (
         f"warning: {len(stuck)} of {len(rates)} gates did the same for nearly every image, those of blocks {named}; "
-        "should it stay so, try a larger --lossfact or a smaller --lr"
+        "if this persists, try a larger --lossfact or a smaller --lr"
     )
 
 

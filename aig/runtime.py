@@ -38,11 +38,11 @@ def require(package: str) -> ModuleType:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB, 8 bits a channel. Raises ValueError for pixels of which no range is known."""
+    """An image of any mode as RGB, 8 bits per channel. Raises ValueError for pixels of which no range is known."""
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would cut off what is above 255
     if image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits a channel")
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save it with 8 or 16 bits per channel")
     return image.convert("RGB")
 
 
@@ -129,7 +129,7 @@ class Session:
         path: the file, or its bytes.
         engine: "onnxruntime" or "openvino".
         streams: how many images of a batch run at the same time, one thread each, if the file is for single images.
-            One image, or a batch if the file is for any, runs on so many threads. None: as many as there are cores.
+            A single image, or a batch if the file takes any, uses as many threads. None: the number of cores.
 
     Attributes:
         classes: the names of the K classes.
@@ -160,7 +160,7 @@ class Session:
         try:
             self.metadata = {key: json.loads(metadata[key]) for key in METADATA}
         except (KeyError, ValueError):
-            raise ValueError(f"{name} was not written by aig.export_onnx, or by another version of it") from None
+            raise ValueError(f"{name} was not written by this version of aig.export_onnx") from None
         self.classes, self.macs = self.metadata["classes"], self.metadata["macs"]
 
     def __call__(self, images: np.ndarray) -> Outputs:
@@ -214,8 +214,7 @@ class Session:
         if self.metadata["uint8"]:
             return np.asarray(image)
         if how is None:
-            raise ValueError("the file does not say how its images are made: export a network that aig.load gives, for "
-                             "square images")
+            raise ValueError("the file records no preprocessing: export a network from aig.load, for square images")
         size, short = how["size"], min(image.size)
         wide, high = (length * how["short_side"] // short for length in image.size)
         left, top = round((wide - size) / 2), round((high - size) / 2)

@@ -25,20 +25,20 @@ def markdown(names: Sequence[str], rows: Sequence[Sequence[object]]) -> list[str
 
 
 def of_steps(done: dict[str, dict]) -> list[str]:
-    """A row for each net and way. The yardstick is the original's way in float32."""
+    """A row for each net and way. The baseline is the original's way in float32."""
     names = ("net", "way", "images/s", "without gates", "gates cost", "x the original", "peak MiB", "without gates",
              "kernels a step", "launches")
-    rows, yardstick = [], {}
+    rows, baseline = [], {}
     for name, record in done.items():
         (_, net, way), found = name.split("_"), record["result"]
         gated, plain, original = found["steps"].values()
         speed, plain_speed, of_original = (
             found["batch_size"] / statistics.median(each["seconds"]) for each in (gated, plain, original))
         if way == "float32":
-            yardstick[net] = of_original
+            baseline[net] = of_original
             counts = (original["peak_mib"], None, original["kernels"], original["launches"])
             rows.append((net, "the original's", of_original, None, None, 1, *counts))
-        faster = speed / yardstick[net] if net in yardstick else None
+        faster = speed / baseline[net] if net in baseline else None
         counts = (gated["peak_mib"], plain["peak_mib"], gated["kernels"], gated["launches"])
         rows.append((net, way, speed, plain_speed, f"{100 * gated['over_plain'][1] - 100:.1f} %", faster, *counts))
     return markdown(names, rows)

@@ -3,7 +3,7 @@
     python -m benchmarks.latency
 
 Contenders, interleaved in one process: the accelerated network at several open rates; its own dense form (the same net
-without gates, accelerated, too); the yardstick `benchmarks/reference.py` with all gates open; for the ImageNet net
+without gates, accelerated, too); the baseline `benchmarks/reference.py` with all gates open; for the ImageNet net
 torchvision's resnet50, as it comes and in channels-last. The decisions are forced by a fixed random pattern of the
 wanted rates, the same for every contender's batch, while the gates' own arithmetic runs. Prints a table, and one JSON
 line. No weights are trained here: speed does not depend on them.
@@ -82,7 +82,7 @@ def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device
     x_last = x.contiguous(memory_format=torch.channels_last)
     dense = build(net, [1] * len(next(iter(settings.values())))).to(device)
     networks: dict[str, tuple[nn.Module, Tensor]] = {
-        "yardstick": (Reference(build(net).to(device), open_gates=True), x),
+        "baseline": (Reference(build(net).to(device), open_gates=True), x),
         "own dense form": (inference.accelerate(dense), x),
     }
     if net == "AIG-50":
@@ -126,7 +126,7 @@ def measure(net: str, batch: int, rounds: int, slot: float, device: torch.device
             "mac_fraction": fractions[name][0] if name in fractions else None,
             "time_fraction": ratio(name, "own dense form") if name in fractions else None,
             "time_fraction_best": min(seconds[name]) / min(seconds["own dense form"]) if name in fractions else None,
-            "times_yardstick": ratio("yardstick", name),
+            "times_baseline": ratio("baseline", name),
             "times_torchvision": ratio("torchvision", name),
             "times_torchvision_channels_last": ratio("torchvision, channels-last", name),
         }
@@ -148,7 +148,7 @@ def line(row: dict) -> str:
             cell(row["mac_fraction"], "%.3f"),
             cell(row["time_fraction"], "%.3f"),
             cell(row["time_fraction_best"], "%.3f"),
-            cell(row["times_yardstick"], "%.2f"),
+            cell(row["times_baseline"], "%.2f"),
             cell(row["times_torchvision"], "%.2f"),
             cell(row["times_torchvision_channels_last"], "%.2f"),
         ]
@@ -165,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     device = select_device(args.device)
     print(f"conditional execution, float32, median of {args.rounds} interleaved rounds; {where(device)}")
-    print("MACs, time: fractions of the own dense form's (best: of the best times); x: times as fast as the yardstick,")
+    print("MACs, time: fractions of the own dense form's (best: of the best times); x: times as fast as the baseline,")
     print("torchvision's resnet50, and that in channels-last\n")
     rows = []
     for net in args.net:

@@ -6,12 +6,12 @@
 
 This file is the protocol, committed before its first training; results/pays.md says what was amended since.
 
-CIFAR-10 as JPEG at quality 75: 45,000 images to train on, 5,000 held out, on which thresholds are chosen. The test
-images are looked at after the last epoch, the one that counts. Every arm but the teacher has 90 epochs in all, two
-seeds, Nesterov's momentum, the same weight decay and batches. The recipe for gates and the learning rate of what starts
-from the teacher are the pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from
-scratch was not tuned. The teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more, and so two cosine
-schedules where a net from scratch has one of 90 epochs.
+CIFAR-10 as JPEG at quality 75: 45,000 images to train on, 5,000 held out; thresholds are chosen on 2,000 of those. The
+last epoch counts, and is tested once. Every arm but the teacher has 90 epochs in all, two seeds, Nesterov's momentum,
+the same weight decay and batches. The recipe for gates and the learning rate of what starts from the teacher are the
+pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from scratch was not tuned. The
+teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more, and so two cosine schedules where a net from
+scratch has one of 90 epochs. A smaller net with a teacher has it for 90 epochs, a gated net for 30.
 
     teacher, control            the dense net, and 30 epochs more of it
     budget 0.75, 0.6, 0.45      gated from the teacher, which also teaches
@@ -20,24 +20,28 @@ schedules where a net from scratch has one of 90 epochs.
                                 same for every image
     resnet14, resnet8           smaller static nets, 90 epochs, without and with the same teacher
     control-taught              the dense net, 30 epochs more with its teacher, which did not help in the pilot
-    majority 0.75, 0.6, 0.45    those blocks of the teacher that the gated net opens for most held-out images, for every
-                                image, 30 epochs: adaptivity, or merely which blocks?
+    majority 0.75, 0.6, 0.45    those blocks of the teacher that the gated net opens for most held-out images (threshold
+                                0.5), for every image, 30 epochs: adaptivity, or merely which blocks?
     majority-floor              the same of `floor`
-    random                      each block opens as often as in `floor`, but at random: adaptivity, or merely depth?
+    random                      each block opens as often as in `floor`, but at random, independently of the others:
+                                adaptivity, or merely depth?
     scratch                     AIG as in the paper: from scratch, t = 0.7
 
-**The question**: the gated nets, each in mode `argmax` at the thresholds for its budget, against static nets: of
-resnet8, resnet14 and control, each the better of without and with teacher (on the test images, which favours them).
-Between neighbours in multiply-accumulates their error is taken to be linear in the logarithm of these: the upper bound
-of their error, if its curve is convex. Lines through other neighbours, prolonged, are the lower bound. A net *pays* at
-a budget if its test error, the mean of the seeds, is more than 0.5 points below the lower bound, *loses* if more than
-0.5 above the upper, and is *undecided* between; the margin was chosen beforehand. A net that pays, but not against the
-three `majority` nets of budgets by the same rule, is a smaller static net, found by training, and no case for deciding
-by the image.
+**The question**: gated nets, in mode `argmax` at the thresholds for a budget, against static nets of the same cost. The
+`budget` nets have their own budget, `floor`, `rates` and `scratch` all three. The static nets are resnet8, resnet14 and
+control, each without or with a teacher, whichever has the lower test error (the mean of the seeds), which favours them.
+Their error at the gated net's cost follows, seed by seed, from the lower convex hull of their points, over the
+logarithm of the multiply-accumulates; beyond its lowest point it stays the same, because the cheaper net can be taken.
+If their curve falls and is convex, it lies between two numbers: the upper one is on the hull; the lower one is the
+highest of the hull's least error and its other edges, prolonged. A net *pays* if its test error, the mean of the seeds,
+is more than 0.5 points below the lower number, *loses* if more than 0.5 above the upper, and is *undecided* between;
+the margin was chosen beforehand. By the same rule the `budget` nets, and `floor` at 0.6, are compared with nets that
+always run the same blocks, the four `majority`. A net that pays, but not against those, is a smaller static net, found
+by training, and no case for adaptivity.
 
-**Adaptivity** counts by the same margin: the error of `floor`, on the line through its calibrated thresholds, at the
-multiply-accumulates of `majority-floor` and of `random`. On the same weights benchmarks.shuffled says what deciding is
-worth.
+**Adaptivity** counts by the same margin: the error of `floor`, on the line through its budgets, at the cost of
+`majority-floor` and of `random`. Of the two only `majority-floor` decides: `random` also loses what `floor`'s gates
+know of each other. What each image's own graph is worth on the same weights, benchmarks.shuffled says.
 """
 
 from __future__ import annotations
@@ -135,6 +139,7 @@ def prepare(name: str) -> None:
     done = next((run for run in runs if (run / TEST).exists()), None)
     if done is None:
         raise InputError(f"pays-{IMITATED[arm]}-s{seed} has to be trained first: its gates are to be imitated")
+    torch.manual_seed(int(seed))  # the gates' first layers are drawn, though they have no effect
     rates = read_records(done)[-1]["val"]["gates"]  # in mode argmax, on the images held out
     chances = rates if arm == "random" else [float(rate > 0.5) for rate in rates]
     model = with_fixed_gates(ROOT / folder, chances)

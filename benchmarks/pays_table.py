@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import log
 from pathlib import Path
+from statistics import fmean
 
 from aig.checkpoint import TEST
 from aig.console import Parser, run_command
@@ -21,9 +21,10 @@ from benchmarks.runner import ROOT, RUNS
 
 MARGIN = 0.5  # points of error
 DENSE = "argmax"  # the mode of nets without gates
-VARIES = 0.01  # a gate that opens for at least this part of the images, and is closed for as many
+VARIES = 0.01  # a gate that opens for at least this fraction of the images, and is closed for as many
 Tested = dict[int, dict[str, dict]]  # what was tested of an arm, by seed and mode
 Point = tuple[float, float]  # multiply-accumulates of an image in millions, and error in percent
+Errors = tuple[float, float, float]  # in percent: of a gated net, and the bounds of others at the same cost
 
 
 def results(folder: Path, arm: str) -> Tested:
@@ -32,41 +33,61 @@ def results(folder: Path, arm: str) -> Tested:
     return {seed: result for seed, result in found.items() if result}
 
 
-def mean(found: Tested, mode: str, seeds: Sequence[int]) -> Point | None:
-    """The mean over these seeds; None unless all were tested in this mode."""
-    each = [found[seed][mode] for seed in seeds if mode in found.get(seed, {})]
-    if not each or len(each) < len(seeds):
-        return None
-    return tuple(statistics.fmean(values) for values in ([result["macs_mean"] / 1e6 for result in each],
-                                                         [100 - result["top1"] for result in each]))
+def point(tested: Tested, seed: int, mode: str) -> Point | None:
+    """One training in one mode."""
+    result = tested.get(seed, {}).get(mode)
+    return result and (result["macs_mean"] / 1e6, 100 - result["top1"])
 
 
-def static_points(found: dict[str, Tested], seeds: Sequence[int]) -> list[Point]:
-    """Each static net, the better of without and with teacher."""
-    kinds = [[mean(found.get(kind, {}), DENSE, seeds) for kind in (arm, arm + TAUGHT)] for arm in STATIC]
-    return [min(filter(None, each), key=lambda point: point[1]) for each in kinds if any(each)]
+def points(found: dict[str, Tested], arms: Sequence[str], seeds: Sequence[int]) -> list[list[Point]]:
+    """For each seed the nets of these arms, none of which has gates that look at the image."""
+    return [[p for arm in arms if (p := point(found[arm], seed, DENSE))] for seed in seeds]
 
 
-def bounds(points: Sequence[Point], macs: float) -> tuple[float | None, float] | None:
-    """Between which errors a convex curve through these points lies at so many multiply-accumulates.
+def static_points(found: dict[str, Tested], seeds: Sequence[int]) -> list[list[Point]]:
+    """For each seed the static nets: of both kinds, without and with teacher, that with the lower mean error."""
+    chosen = []
+    for arm in STATIC:
+        kinds = [kind for kind in (arm, arm + TAUGHT) if all(point(found[kind], seed, DENSE) for seed in seeds)]
+        errors = {kind: fmean(point(found[kind], seed, DENSE)[1] for seed in seeds) for kind in kinds}
+        chosen += [min(errors, key=errors.get)] if errors else []
+    return points(found, chosen, seeds)
 
-    All lines are straight over the logarithm of the cost.
+
+def line(left: Point, right: Point, macs: float) -> float:
+    """The error at a cost on the line through two points, which is straight over the logarithm of the cost."""
+    return left[1] + (right[1] - left[1]) * log(macs / left[0]) / log(right[0] / left[0])
+
+
+def hull(nets: Iterable[Point]) -> list[Point]:
+    """The nets on the lower convex hull, as far as it falls: for each of the others there is a better choice."""
+    kept: list[Point] = []
+    for net in sorted(nets):
+        if kept and net[1] >= kept[-1][1]:
+            continue
+        while len(kept) > 1 and line(kept[-2], net, kept[-1][0]) <= kept[-1][1]:
+            kept.pop()
+        kept.append(net)
+    return kept
+
+
+def bounds(nets: Sequence[Point], macs: float) -> tuple[float, float] | None:
+    """Between which errors a falling convex curve through the hull of these nets lies at a cost.
 
     Returns:
-        The lower bound, on lines through other neighbours, prolonged, or None if there are none; and the upper bound,
-        on the line between both neighbours. None outside of the points.
+        The lower bound, the highest of the hull's least error and its other edges, prolonged; and the upper bound, on
+        the hull. None outside of the nets' range.
     """
-    points = sorted(dict(sorted(points, reverse=True)).items())  # of equal cost, the better
-    lower, upper = [], None
-    for (left, first), (right, second) in pairwise(points):
-        error = first + (second - first) * log(macs / left) / log(right / left)
-        if left <= macs <= right:
-            upper = error
-        else:
-            lower.append(error)
-    if upper is None:
+    best = hull(nets)
+    if not best or not best[0][0] <= macs <= max(nets)[0]:
         return None
-    return (upper if macs in dict(points) else max(lower, default=None)), upper
+    lower, upper = best[-1][1], best[-1][1]
+    for left, right in pairwise(best):
+        if left[0] <= macs < right[0]:
+            upper = line(left, right, macs)
+        else:
+            lower = max(lower, line(left, right, macs))
+    return (upper if macs in dict(best) else lower), upper
 
 
 def verdict(ours: float, lower: float, upper: float) -> str:
@@ -84,63 +105,63 @@ class Comparison:
     """A gated net against others."""
 
     arm: str
+    at: str  # what the table says of its computation
     mode: str
-    others: str  # what the table calls them
-    needed: Sequence[str]  # their arms
-    errors: Callable[[Sequence[int]], tuple[float, float | None, float] | None]  # of seeds: ours, their two bounds
+    others: str
+    needed: Sequence[str]  # the arms of the others
+    errors: Callable[[Sequence[int]], Iterator[Errors | None]]  # for each seed
 
     def row(self, found: dict[str, Tested]) -> str:
-        """A line of the table; no verdict before all trainings are done and within the range of both seeds."""
-        missing = sum(len(SEEDS) - len(found[arm]) for arm in (self.arm, *self.needed))
-        seeds = [seed for seed in SEEDS if self.errors([seed])]
-        cells = [self.arm, varying(found[self.arm], self.mode), self.others]
-        if not seeds or (pair := self.errors(seeds)) is None:
-            return self.line(*cells, "", "", "", self.waiting(missing))
-        ours, lower, upper = pair
-        by_seed = " / ".join(f"{own - other:+.2f}" for own, _, other in map(self.errors, ([seed] for seed in seeds)))
-        difference, theirs = f"{ours - upper:+.2f} ({by_seed})", f"{upper:.2f}"
-        if lower is not None and f"{lower:.2f}" != theirs:
-            theirs = f"{lower:.2f} to {theirs}"
-        complete = not missing and len(seeds) == len(SEEDS) and lower is not None
-        word = verdict(ours, lower, upper) if complete else self.waiting(missing)
-        return self.line(*cells, f"{ours:.2f}", theirs, difference, word)
-
-    @staticmethod
-    def waiting(missing: int) -> str:
-        return f"not yet: {missing} trainings to come" if missing else "none: outside of their range"
-
-    @staticmethod
-    def line(*cells: str) -> str:
-        return f"| {' | '.join(cells)} |"
+        """A line of the table: the seeds for which the same nets are done, and a verdict once all are."""
+        missing = sum(seed not in found[arm] for arm in (self.arm, *self.needed) for seed in SEEDS)
+        done = {seed: [arm for arm in self.needed if seed in found[arm]] for seed in found[self.arm]}
+        most = max(done.values(), key=len, default=[])
+        seeds = [seed for seed in done if done[seed] == most]
+        each = {seed: errors for seed, errors in zip(seeds, self.errors(seeds), strict=True) if errors} if seeds else {}
+        cells = [self.arm, self.at, varying(found[self.arm], self.mode), self.others]
+        word = f"not yet: {missing} trainings to come" if missing else "none: outside of their range"
+        if not each:
+            return f"| {' | '.join([*cells, '', '', '', word])} |"
+        ours, lower, upper = map(fmean, zip(*each.values(), strict=True))
+        by_seed = ", ".join(f"seed {seed}: {own - theirs:+.2f}" for seed, (own, _, theirs) in each.items())
+        span = " to ".join(dict.fromkeys((f"{lower:.2f}", f"{upper:.2f}")))
+        if not missing and len(each) == len(SEEDS):
+            word = verdict(ours, lower, upper)
+        return f"| {' | '.join([*cells, f'{ours:.2f}', span, f'{ours - upper:+.2f} ({by_seed})', word])} |"
 
 
 def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
     """All that the protocol asks for."""
 
-    def majorities(seeds: Sequence[int]) -> list[Point]:
-        return list(filter(None, (mean(found[arm], DENSE, seeds) for arm in MAJORITY.values())))
+    def at_budget(rivals: Callable, arm: str, mode: str, seeds: Sequence[int]) -> Iterator[Errors | None]:
+        """A gated net and others at its cost."""
+        for seed, nets in zip(seeds, rivals(seeds), strict=True):
+            ours = point(found[arm], seed, mode)
+            theirs = ours and bounds(nets, ours[0])
+            yield theirs and (ours[1], *theirs)
 
-    def at_budget(budget: float, points: Callable, seeds: Sequence[int]) -> tuple | None:
-        ours = mean(found[f"budget{budget}"], CALIBRATED[budget], seeds)
-        theirs = ours and bounds(points(seeds), ours[0])
-        return theirs and (ours[1], *theirs)
-
-    def at_cost_of(arm: str, mode: str, seeds: Sequence[int]) -> tuple | None:
-        curve = list(filter(None, (mean(found["floor"], each, seeds) for each in CALIBRATED.values())))
-        theirs = mean(found[arm], mode, seeds)
-        ours = theirs and bounds(curve, theirs[0])
-        return ours and (ours[1], theirs[1], theirs[1])  # the line, which does not favour it
+    def at_cost_of(arm: str, mode: str, seeds: Sequence[int]) -> Iterator[Errors | None]:
+        """`floor` at the cost of another net: on the line through its budgets, which does not favour it."""
+        for seed in seeds:
+            curve = [net for key in CALIBRATED.values() if (net := point(found["floor"], seed, key))]
+            theirs = point(found[arm], seed, mode)
+            ours = theirs and bounds(curve, theirs[0])
+            yield ours and (ours[1], theirs[1], theirs[1])
 
     static = [arm + kind for arm in STATIC for kind in ("", TAUGHT)]
-    for budget in BUDGETS:
-        arm, mode = f"budget{budget}", CALIBRATED[budget]
-        against = partial(at_budget, budget, partial(static_points, found))
-        yield Comparison(arm, mode, "static nets", static, against)
-        same = partial(at_budget, budget, majorities)
-        yield Comparison(arm, mode, "always the same blocks", list(MAJORITY.values()), same)
-    fixed = (("majority-floor", "always its usual blocks", DENSE), ("random", "random blocks", "sample"))
-    for arm, name, mode in fixed:
-        yield Comparison("floor", CALIBRATED[0.6], name, [arm], partial(at_cost_of, arm, mode))
+    same = [*MAJORITY.values(), "majority-floor"]
+    own = [(f"budget{budget}", budget) for budget in BUDGETS]
+    every = [(arm, budget) for arm in ("floor", "rates", "scratch") for budget in BUDGETS]
+    rivals = [
+        ("static nets", static, own + every, partial(static_points, found)),
+        ("always the same blocks", same, [*own, ("floor", 0.6)], partial(points, found, same)),
+    ]
+    for name, needed, gated, nets in rivals:
+        for arm, budget in gated:
+            mode = CALIBRATED[budget]
+            yield Comparison(arm, f"{budget}", mode, name, needed, partial(at_budget, nets, arm, mode))
+    for arm, mode in (("majority-floor", DENSE), ("random", "sample")):
+        yield Comparison("floor", "its cost", CALIBRATED[0.6], f"`{arm}`", [arm], partial(at_cost_of, arm, mode))
 
 
 def table(folder: Path) -> Iterator[str]:
@@ -152,12 +173,13 @@ def table(folder: Path) -> Iterator[str]:
     for arm, tested in found.items():
         for mode in dict.fromkeys(mode for result in tested.values() for mode in result):
             seeds = [seed for seed in tested if mode in tested[seed]]
-            macs, error = mean(tested, mode, seeds)
-            each = " / ".join(f"{100 - tested[seed][mode]['top1']:.2f}" for seed in seeds)
+            each = [point(tested, seed, mode) for seed in seeds]
+            macs, error = map(fmean, zip(*each, strict=True))
+            each = " / ".join(f"{error:.2f}" for _, error in each)
             yield f"| {arm} | {', '.join(map(str, seeds))} | `{mode}` | {macs:.2f} | {error:.2f} ({each}) |"
     yield ""
-    yield "| gated net | gates that vary | against | its error, % | theirs | difference, points (by seed) | verdict |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| gated net | at | gates that vary | against | its error, % | theirs | difference, points | verdict |"
+    yield "|---|---|---|---|---|---|---|---|"
     yield from (comparison.row(found) for comparison in comparisons(found))
 
 

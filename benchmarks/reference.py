@@ -1,4 +1,4 @@
-"""The yardstick: a ConvNet-AIG computed the way the authors' code computes it.
+"""The baseline: a ConvNet-AIG computed the way the authors' code computes it.
 
 Every branch runs, the gate is a chain of 4-D operations with two logits, each operation is its own kernel, nothing
 is folded, and tensors are contiguous. No straw man: ReLUs and sums are in place, as in torchvision. The parameters

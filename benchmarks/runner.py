@@ -60,8 +60,12 @@ def carry_out(
     if not (kept / TEST).exists():
         prepare(name)
         call("train.log", *training(name, flags, data))
+    failed = []
     for line in missing.values():
-        call("test.log", *line)
+        try:
+            call("test.log", *line)
+        except InputError as error:  # such as a budget out of reach: what else was tested is kept
+            failed.append(error)
     untested = "--val-size" in flags and not (kept / BEST_TEST).exists()
     if untested:
         best.mkdir(exist_ok=True)
@@ -70,9 +74,12 @@ def carry_out(
     if missing or untested:
         kept.mkdir(parents=True, exist_ok=True)
         for file in (ARGS, METRICS, "train.log", "test.log", TEST):
-            shutil.copyfile(folder / file, kept / file)
+            if (folder / file).exists():
+                shutil.copyfile(folder / file, kept / file)
         if best.exists():
             shutil.copyfile(best / TEST, kept / BEST_TEST)
+    if failed:
+        raise failed[0]
 
 
 def make_parser(description: str) -> Parser:
@@ -96,7 +103,9 @@ def follow(
 ) -> None:
     """Carries out a protocol as the command line says: stages of (name, flags), each after the one before.
 
-    `prepare` is called with the name of a training before it is carried out.
+    `prepare` is called with the name of a training before it is carried out. What fails stops no other training.
+
+    Raises InputError at the end if something failed.
     """
     stages = [[(name, flags) for name, flags in stage if name.startswith(args.only)] for stage in stages]
     if not any(stages):
@@ -107,8 +116,15 @@ def follow(
                 print(f"OMP_NUM_THREADS={args.threads} python {shlex.join(line)}")
         return
     total = sum(map(len, stages))
+    failed = []
     with ThreadPoolExecutor(args.jobs) as pool, tqdm(None, "trainings", total, disable=None) as bar:
         for stage in stages:
             where = (args.data, args.threads, args.results, prepare)
-            for _ in pool.map(lambda run, where=where: carry_out(*run, tests, *where), stage):
+            for done in [pool.submit(carry_out, *run, tests, *where) for run in stage]:
+                try:
+                    done.result()
+                except InputError as error:
+                    failed.append(str(error))
                 bar.update()
+    if failed:
+        raise InputError("; ".join(failed))

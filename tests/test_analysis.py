@@ -619,7 +619,7 @@ def test_what_a_checkpoint_records_is_checked_as_if_typed(run, runs, tmp_path, n
     call = ["--resume", tmp_path, "--out", tmp_path / "out", "--only", "rates"]
     status, _, err = run(main, *call)
     assert (status, len(err.splitlines())) == (2, 1), err
-    assert f"the {name.replace('_', '-')} it records is unfit" in err
+    assert f"the {name.replace('_', '-')} it records is invalid" in err
     if flag:
         assert run(main, *call, *flag)[0] == 0
 

@@ -358,7 +358,7 @@ def test_one_training_step_matches_the_original(golden):
     check_step(golden)
 
 
-def test_the_yardstick_of_the_benchmarks_matches_the_original(golden):
+def test_the_baseline_of_the_benchmarks_matches_the_original(golden):
     reference, x = Reference(golden, noise=False), torch.from_numpy(GOLDEN["x"])
     logits, gates = reference.eval()(x)
     close(logits, GOLDEN["eval/logits"])
@@ -369,7 +369,7 @@ def test_the_yardstick_of_the_benchmarks_matches_the_original(golden):
     check_step(golden)
 
 
-def test_the_yardstick_equals_the_network_with_all_gates_open():
+def test_the_baseline_equals_the_network_with_all_gates_open():
     torch.manual_seed(0)
     model = ResNet_ImageNet(Bottleneck, (1, 2, 1, 1), num_classes=7).double().eval()
     model.gate_mode = "all"

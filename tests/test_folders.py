@@ -139,7 +139,7 @@ def test_the_card_says_what_was_measured(digits, folder):
     rows = dict(re.findall(r"^\| `(\S+)` \|.* \| (.*) \|$", card, re.MULTILINE))
     assert rows["argmax"] == "0.5"
     assert rows["sample"] == "–"
-    assert rows["argmax@budget=0.8"] in ("one a gate", str(results["argmax@budget=0.8"]["threshold"])[:6])
+    assert rows["argmax@budget=0.8"] in ("one per gate", str(results["argmax@budget=0.8"]["threshold"])[:6])
     assert f"{sum(value.numel() for value in aig.load(folder).parameters()):,} parameters" in card
     (command,) = json.loads((digits / "args.json").read_text())["commands"]
     assert command in card
@@ -352,9 +352,9 @@ def test_a_network_that_nobody_could_use_is_not_saved(tmp_path):
     ({"classes": ["a", "b"]}, "names 2 classes"),
     ({"classes": [1, 2]}, "malformed"),
     ({"classes": "abcdefghij"}, "malformed"),
-    ({"threshold": "0.9"}, "the threshold in the config.json beside it is unfit"),
-    ({"threshold": [0.1, 0.2]}, "the threshold in the config.json beside it is unfit"),
-    ({"threshold": 5}, "the threshold in the config.json beside it is unfit"),
+    ({"threshold": "0.9"}, "the threshold in the config.json beside it is invalid"),
+    ({"threshold": [0.1, 0.2]}, "the threshold in the config.json beside it is invalid"),
+    ({"threshold": 5}, "the threshold in the config.json beside it is invalid"),
     ({"mean": [0, 0]}, "malformed"),
     ({"std": [0, 1, 1]}, "malformed"),
     ({"image_size": "large"}, "image_size"),
@@ -369,7 +369,7 @@ def test_a_config_that_does_not_fit_is_one_line(changes, message, folder, tmp_pa
 
 
 @pytest.mark.parametrize("budgets", [[0.5], {"0.8": [0.1]}, {"0.8": "high"}, {"0.8": None}])
-def test_unfit_thresholds_of_a_budget_are_one_line(budgets, folder, tmp_path):
+def test_invalid_thresholds_of_a_budget_are_one_line(budgets, folder, tmp_path):
     target = spoil(folder, tmp_path, budgets=budgets)
     (target / TEST).unlink()
     with pytest.raises(InputError, match=r"budget"):

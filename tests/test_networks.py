@@ -336,7 +336,7 @@ def test_the_thresholds_of_a_budget_are_loaded_with_the_network_they_were_chosen
         aig.load(tmp_path, budget=0.7)
     for threshold in ([0.2, 0.3], "high", [0.1, 0.2, 1.5], None):
         (tmp_path / TEST).write_text(json.dumps({"argmax@budget=0.7": {**result, "threshold": threshold}}))
-        with pytest.raises(InputError, match="are unfit"):
+        with pytest.raises(InputError, match="are invalid"):
             aig.load(tmp_path, budget=0.7)
     (tmp_path / TEST).write_text("[")
     with pytest.raises(InputError, match="is damaged"):

@@ -49,7 +49,7 @@ def test_the_figure_draws_what_there_is(tmp_path, keep, run):
     drawing = pays_figure.figure(tmp_path / "runs", times)
     left, right = drawing.axes
     drawn = [[tuple(xy) for xy in line.get_xydata()] for line in left.get_lines()]
-    assert [(30, 15), (40, 14)] in drawn  # the better one of each size
+    assert [(30, 15), (40, 14), (40, 14)] in drawn  # the better one of each size
     assert [(30, 16), (40, 14)] in drawn  # the static nets without a teacher
     assert [tuple(xy) for xy in right.get_lines()[0].get_xydata()] == [(4, 14)]
     status, out, _ = run(pays_figure.main, "--results", tmp_path, "--out", tmp_path / "figure.png")
@@ -76,6 +76,14 @@ def test_nothing_to_measure_is_an_error(tmp_path):
         pays_figure.measure(tmp_path, [], 1)
 
 
+def test_seeds_that_run_different_blocks_are_not_measured_as_one(tmp_path, keep, capsys):
+    for seed, gates in ((1, [1, 1, 1]), (2, [1, 1, 1, 0, 1, 1])):
+        folder = keep("majority0.6", seed)
+        (folder / "test.json").write_text(json.dumps({DENSE: {"gates": gates}}))
+    assert list(pays_figure.networks(tmp_path / "runs")) == []
+    assert capsys.readouterr().out == "majority0.6: not measured, as its seeds run different blocks\n"
+
+
 @pytest.mark.engine
 def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch, capsys):
     for package in ("onnx", "onnxruntime", "openvino"):
@@ -98,7 +106,7 @@ def test_what_was_tested_is_measured_in_each_engine(tmp_path, keep, monkeypatch,
     of_each = {"budget0.6": {"argmax@budget=0.6": 250}, "resnet8": {DENSE: 350}, "resnet14": {DENSE: 100}}
     assert times == dict.fromkeys(("onnxruntime", "openvino"), of_each)
     assert pays_figure.fastest(times, "resnet14-taught", DENSE) == 100
-    assert capsys.readouterr().out == "majority-floor: not measured, as it closes a block that changes the size\n"
+    assert capsys.readouterr().out == "majority-floor: not measured, as it is not a smaller ResNet\n"
 
 
 def test_weights_of_a_run_are_found_where_it_was_tested_in_the_mode(tmp_path, monkeypatch):

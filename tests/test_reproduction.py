@@ -2,11 +2,14 @@
 
 import json
 import shlex
+import subprocess
 
 import pytest
 
 import train
 import utils
+from aig.console import InputError
+from aig.runs import read_json
 from benchmarks import control, pays, pilot, reproduction, runner
 
 NAME = "tiny-val2"
@@ -57,6 +60,43 @@ def test_a_stage_begins_when_the_one_before_is_done_and_only_names_what_was_aske
     done.clear()
     runner.follow(stages, reproduction.tests, parser.parse_args(["--data", "DIR", "--only", "a"]))
     assert done == ["a-first", "a-second"]
+
+
+def test_what_fails_stops_no_other_training_and_is_said_at_the_end(monkeypatch):
+    done = []
+
+    def carry_out(name, *rest):
+        if name.endswith("bad"):
+            raise InputError(f"{name} ended with status 2")
+        done.append(name)
+
+    monkeypatch.setattr(runner, "carry_out", carry_out)
+    args = runner.make_parser("").parse_args(["--data", "DIR"])
+    with pytest.raises(InputError, match=r"^a-bad ended with status 2; b-bad ended with status 2$"):
+        runner.follow([[("a-bad", ""), ("a", "")], [("b-bad", ""), ("b", "")]], reproduction.tests, args)
+    assert done == ["a", "b"]
+
+
+def test_a_test_that_fails_does_not_lose_the_others(tmp_path, monkeypatch):
+    """A budget may be out of reach."""
+
+    def command(line, stdout, **rest):
+        key, folder = line[-1], tmp_path / "runs" / NAME
+        if "--expname" in line:
+            for file in ("args.json", "metrics.jsonl"):
+                (folder / file).write_text("{}")
+        elif key != "0.45":
+            (folder / "test.json").write_text(json.dumps({key: 1} | read_json(folder / "test.json")))
+        return subprocess.CompletedProcess(line, int(key == "0.45"))
+
+    def tests(name, flags):
+        return {key: ["train.py", "--test", key] for key in ("0.6", "0.45", "0.75")}
+
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "run", command)
+    with pytest.raises(InputError, match=f"^{NAME} ended with status 1: .*test.log says why$"):
+        runner.carry_out(NAME, "--depth 8", tests, "DIR", 1, tmp_path / "kept", lambda name: None)
+    assert read_json(tmp_path / "kept" / "runs" / NAME / "test.json").keys() == {"0.6", "0.75"}
 
 
 @pytest.mark.parametrize("program", [pilot, control, pays])

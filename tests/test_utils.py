@@ -171,11 +171,11 @@ def test_a_checkpoint_in_which_a_dropped_flag_was_off_goes_on(run, trained, fitt
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [
-        ({"lr": -1}, "the lr it records is unfit: -1 must be above 0"),
-        ({"amp": "int8"}, "the amp it records is unfit: 'int8' is not one of off, bf16, fp16"),
-        ({"compile": 1}, "the compile it records is unfit: 1 is not true or false"),
-        ({"milestones": 3}, "the milestones it records is unfit: 3 is not a list"),
-        ({"batch_size": True}, "the batch-size it records is unfit: True is not one value"),
+        ({"lr": -1}, "the lr it records is invalid: -1 must be above 0"),
+        ({"amp": "int8"}, "the amp it records is invalid: 'int8' is not one of off, bf16, fp16"),
+        ({"compile": 1}, "the compile it records is invalid: 1 is not true or false"),
+        ({"milestones": 3}, "the milestones it records is invalid: 3 is not a list"),
+        ({"batch_size": True}, "the batch-size it records is invalid: True is not one value"),
     ],
 )
 def test_recorded_flags_are_checked_as_if_they_had_been_typed(recorded, message):
@@ -187,7 +187,7 @@ def test_recorded_flags_are_checked_as_if_they_had_been_typed(recorded, message)
 SCRIPTS = {"train": (train, {"depth": 8}), "train_img": (train_img, {"arch": "resnet50"})}
 
 
-def unfit_values(action):
+def invalid_values(action):
     """Values that a flag must not take over from a file."""
     yield from ({"a": 1}, {}, torch.ones(2))
     if isinstance(action.default, bool) or action.nargs == 0:
@@ -209,11 +209,11 @@ def test_every_recorded_flag_passes_its_own_type_and_choices(script):
     module, architecture = SCRIPTS[script]
     parser, tried = module.make_parser(), 0
     for name, action in parser.flags.items():
-        for value in unfit_values(action):
+        for value in invalid_values(action):
             if name in utils.PER_CALL:
                 assert name not in utils.inherit(parser, {**architecture, name: value}, {}, architecture, "FILE")
             else:
-                with pytest.raises(InputError, match=f"FILE: the {name.replace('_', '-')} it records is unfit"):
+                with pytest.raises(InputError, match=f"FILE: the {name.replace('_', '-')} it records is invalid"):
                     utils.inherit(parser, {**architecture, name: value}, {}, architecture, "FILE")
             tried += 1
     assert tried > 200
@@ -365,7 +365,7 @@ def test_a_run_with_a_teacher_goes_on_only_with_that_teacher(run, tuned, tmp_pat
         (["--overwrite"], "--overwrite starts a run anew: leave it out to go on from"),
         (["--resume", "auto", "--expname", "x", "--overwrite"], "leave one out"),
         (["--test", "--overwrite"], "--overwrite is for training"),
-        (["--test", "--budget", 0.7, "--no-budget-floor"], "--budget-floor does nothing but in a training"),
+        (["--test", "--budget", 0.7, "--no-budget-floor"], "--budget-floor works only in a training"),
         (["--test", "--gate-mode", "all", "--threshold", 0.9], "--threshold does nothing in gate mode all"),
         (["--test", "--gate-samples", 3], "--gate-samples does nothing in gate mode argmax"),
         (["--test", "--budget", 0.7, "--threshold", 0.4], "--threshold"),
@@ -538,8 +538,8 @@ def test_help_is_quick_grouped_and_complete(script):
         (["--budget", "0.6", "--lossfact", "1"], "--lossfact is about a rate for each gate"),
         (["--budget", "1"], "below 1"),
         (["--budget", "0.01"], "--budget: 0.01 is out of reach"),
-        (["--budget-weight", "3"], "--budget-weight does nothing but in a training to a --budget"),
-        (["--no-budget-floor"], "--budget-floor does nothing but in a training to a --budget"),
+        (["--budget-weight", "3"], "--budget-weight works only in a training to a --budget"),
+        (["--no-budget-floor"], "--budget-floor works only in a training to a --budget"),
         (["--budget", "0.6", "--no-budget-floor", "--target-warmup", "2"], "--target-warmup is for the floor"),
         (["--distill-weight", "0.3"], "--distill-weight does nothing without --distill"),
         (["--distill", "nowhere"], "no checkpoint at nowhere"),

@@ -52,7 +52,7 @@ def make_parser() -> Parser:
     parser.add_argument("--jpeg-quality", type=number(int, 1, 100), default=75, metavar="Q",
                         help="quality at which attacked images are compressed")
     parser.add_argument("--permutations", type=number(int, 1), default=999, metavar="N",
-                        help="shuffle the labels so often, to know which similarity is chance")
+                        help="number of shuffles of the labels, for the chance level of the similarity")
     parser.add_argument("--budget", type=number(float, above=0, below=1), metavar="B",
                         help="use the thresholds that --test --budget B has found, for each run with gates")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier analysis left in --out")

@@ -76,9 +76,9 @@ def usage(subject: Subject) -> Part:
         "macs_mean_wrong": wrong,
     }
     line = (
-        f"usage: {executed.mean():.2f} of {blocks} blocks in the mean, {executed.min()} to {executed.max()}; "
+        f"usage: {executed.mean():.2f} of {blocks} blocks on average, {executed.min()} to {executed.max()}; "
         f"{numbers['graphs']} different graphs; "
-        f"{right / 1e6:.2f} MMACs for images classified rightly, {wrong / 1e6:.2f} for the others"
+        f"{right / 1e6:.2f} MMACs for images classified correctly, {wrong / 1e6:.2f} for the others"
     )
     tables = {"usage": usage_rows(found), "images": image_rows(found, subject.loader.files)}
     return Part({"usage": arrays, "extremes": extremes(found, subject.loader)}, tables, numbers, [line])
