@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
+from numbers import Real
 from typing import Any
 
 import torch
@@ -261,7 +262,8 @@ def check_gate_mode(mode: str) -> str:
 
 def check_thresholds(threshold: float | Sequence[float], num_gates: int) -> list[float]:
     """The threshold of each gate, of one for all or one each. Raises ValueError unless they lie in (0, 1)."""
-    thresholds = [threshold] * num_gates if isinstance(threshold, (int, float)) else [float(each) for each in threshold]
+    one = isinstance(threshold, Real) or getattr(threshold, "ndim", 1) == 0  # a number, or an array or tensor of one
+    thresholds = [float(threshold)] * num_gates if one else [float(each) for each in threshold]
     if len(thresholds) != num_gates or not all(0 < value < 1 for value in thresholds):
         raise ValueError(f"threshold {threshold}: must be a number in (0, 1), or one for each of {num_gates} gates")
     return thresholds

@@ -17,7 +17,7 @@ from aig import distributed, environment, evaluation, networks, runs
 from aig.budget import find_thresholds, make_budget
 from aig.console import InputError, Parser, experiment_name, number, one_or_several, say, warn
 from aig.dashboard import Dashboard, add_visdom_flags
-from aig.data import Batching, Choice, Loaders, open_loaders
+from aig.data import Batching, Choice, Loaders, open_loaders, settle_split
 from aig.engine import AMP, Recipe, fit, make_optimizer
 from aig.losses import Objective
 from aig.networks import Pretrained
@@ -181,6 +181,8 @@ def parse(
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
         args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
+        if args.test:
+            settle_split(args, own, given, args.resume)
     check_flags(args, given)
     if not args.test:
         args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))
@@ -436,20 +438,22 @@ def run(
     go_on(args, checkpoint, loaders, model, recipe)
 
 
-def result_key(args: argparse.Namespace) -> str:
-    """The name of a result in test.json: the gate mode, and what is not its default."""
+def result_key(args: argparse.Namespace, own: dict[str, Any]) -> str:
+    """The name of a result in test.json: the gate mode, and what is not its default or, the image size, not its own."""
     thresholds = args.threshold if isinstance(args.threshold, list) else [args.threshold]
     usual = args.gate_mode != "argmax" or args.threshold == 0.5
     threshold = "" if usual else f"@{','.join(f'{value:g}' for value in thresholds)}"
     threshold = f"@budget={args.budget:g}" if args.budget else threshold
-    return args.gate_mode + threshold + "+bn" * args.reestimate_bn
+    size = vars(args).get("image_size")
+    other = size if size != own.get("image_size", size) else None
+    return args.gate_mode + threshold + (f"+size={other}" if other else "") + "+bn" * args.reestimate_bn
 
 
 def run_test(
     args: argparse.Namespace, checkpoint: dict, loaders: Loaders, model: AdaptiveResNet, recipe: Recipe
 ) -> None:
     """Evaluates, prints a table, and puts the result into test.json, beside those of other modes and thresholds."""
-    path = Path(args.resume).parent / runs.TEST
+    path, key = Path(args.resume).parent / runs.TEST, result_key(args, files.recorded(checkpoint))
     target_rates = None if files.recorded(checkpoint).get("budget") else recipe.target_rates
     runs.read_json(path)  # a damaged one is found now
     if args.reestimate_bn:
@@ -471,8 +475,8 @@ def run_test(
         say(f"not written to {path}, which is about all images")
         return
     if distributed.world().is_main:
-        runs.write_json(path, {**runs.read_json(path), result_key(args): result})  # another test may have ended
-    say(f"written to {path}, as {result_key(args)}")
+        runs.write_json(path, {**runs.read_json(path), key: result})  # another test may have ended
+    say(f"written to {path}, as {key}")
 
 
 def set_thresholds(args: argparse.Namespace, checkpoint: dict, loaders: Loaders, model: AdaptiveResNet) -> None:
@@ -600,6 +604,9 @@ def make_state(
         if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
             state.best = -1.0
             say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
+        elif any(own.get(name) != vars(args).get(name) for name in ("dataset", "image_size")):
+            state.best = -1.0
+            say("the validation images have changed: the best model is chosen anew")
         modes = (own.get("gate_mode"), args.gate_mode)
         gating = GATING if "argmax" in modes else GATING[:-1]
         changed = [name for name in gating if name in own and own[name] != vars(args).get(name)]

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from aig.console import progress_bar
 from aig.data import Loader
-from aig.inference import Macs, count_macs
+from aig.inference import Macs, count_macs, evaluating
 from aig.losses import sum_dtype
 from aig.terms import Budget
 from convnet_aig import AdaptiveResNet, check_thresholds
@@ -96,14 +96,14 @@ def find_thresholds(model: AdaptiveResNet, loader: Batches, budget: float) -> tu
     least, most = reach(model, cost)
     if not least < budget < most:
         raise ValueError(f"{budget:g} is out of reach: from {least:.3f} to {most:.3f} of the dense net are executed")
-    usual = model.gate_mode, model.threshold, model.training
+    usual = model.gate_mode, model.threshold
     model.gate_mode = "argmax"
     try:
-        half = attempt(model.eval(), loader, cost, torch.zeros(model.num_gates))
-        found = [search(model, loader, cost, budget, half, rule) for rule in (same_threshold, rates_as_sampled)]
+        with evaluating(model):
+            half = attempt(model, loader, cost, torch.zeros(model.num_gates))
+            found = [search(model, loader, cost, budget, half, rule) for rule in (same_threshold, rates_as_sampled)]
     finally:
-        model.gate_mode, model.threshold, training = usual
-        model.train(training)
+        model.gate_mode, model.threshold = usual
     nearest = min(found, key=lambda trial: abs(trial.executed - budget)).executed
     if abs(nearest - budget) > TOLERATED:
         raise ValueError(f"no thresholds execute {budget:g}, the nearest ones {nearest:.3f}")

@@ -113,7 +113,7 @@ def warn(text: str) -> None:
 
 def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
     """A bar on the terminal; silent if there is none, and in all processes but the main one."""
-    disable = None if distributed.world().is_main else True
+    disable = None if distributed.world().is_main and sys.stderr else True
     return tqdm(iterable, description, total, leave=False, disable=disable, unit=unit, initial=initial)
 
 
@@ -261,7 +261,8 @@ def outcome(main: Callable[[], None], name: str, failures: distributed.Failures)
     log.clear()
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout:  # else it was closed
+            sys.stdout.flush()
         return 0
     except InputError as error:
         line, status = f"{name}: error: {' '.join(str(error).split())}", 2
@@ -284,6 +285,6 @@ def outcome(main: Callable[[], None], name: str, failures: distributed.Failures)
     # Training stops in every process or in the main one, so the main one reports.
     # An input error may hit one process only, so the first to fail reports.
     first = failures.first()
-    if first if status == 2 else distributed.world().is_main:
+    if sys.stderr and (first if status == 2 else distributed.world().is_main):
         print(line, file=sys.stderr)
     return status

@@ -7,13 +7,15 @@ A further data set is an entry in `DATASETS`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +153,8 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
 
     Args:
         tests: names that the folder of the test images may have, beside `train`.
-        split: with it, `root` itself holds the class folders, and this part of each class is held out for the test.
+        split: with it, `root` itself holds the class folders, and this fraction of each class is held out for the test,
+            chosen by the names of the files: another image in a class moves at most one of those that were there.
 
     Raises:
         InputError: if there is no such folder, no class in it, or a class without images.
@@ -168,16 +171,40 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
     if any((root / name).is_dir() for name in ("train", *tests)):
         raise InputError(f"{root} is split already: leave out --split")
     found = open_image_folder(root)
-    labels = np.array(found.targets)
-    order, kept = np.random.default_rng(0).permutation(len(labels)), []
-    for label in range(len(found.classes)):
-        members = order[labels[order] == label]
-        held_out = min(max(1, round(split * len(members))), len(members) - 1)
-        kept += (members[held_out:] if train else members[:held_out]).tolist()
+    classes: dict[int, list[str]] = {}
+    for path, label in found.samples:
+        classes.setdefault(label, []).append(path)
+    kept = set()
+    for paths in classes.values():
+        drawn = sorted(paths, key=lambda path: sha256(os.fsencode(os.path.relpath(path, root))).digest())
+        held_out = min(max(1, round(split * len(drawn))), len(drawn) - 1)
+        kept.update(drawn[held_out:] if train else drawn[:held_out])
     if not kept:
         raise InputError(f"--split: each class in {root} has a single image, so none can be held out")
-    found.samples = [found.samples[index] for index in sorted(kept)]
+    found.samples = [sample for sample in found.samples if sample[0] in kept]
     return found
+
+
+def settle_split(flags: argparse.Namespace, own: dict[str, Any], given: Container[str], source: str) -> None:
+    """Makes the `split` of a test that of the training: none for images that are split already.
+
+    Args:
+        flags: with `data` and `split`, of which `split` may be replaced.
+        own: the flags that `source`, a checkpoint, records.
+        given: names of the flags that were given, not recorded.
+
+    Raises:
+        InputError: if another split was asked for, of the images that the network was trained on.
+    """
+    if own.get("split") is None or not flags.data:
+        return
+    root = Path(flags.data)
+    if "split" not in given:
+        if any((root / name).is_dir() for name in ("train", "test", "val")):
+            flags.split = None
+    elif flags.split != own["split"] and root.resolve() == Path(str(own.get("data"))).resolve():
+        raise InputError(f"--split {flags.split:g}: {source} was trained with --split {own['split']}, so some of these "
+                         "test images were trained on: leave it out")
 
 
 def open_image_folder(folder: Path) -> Any:

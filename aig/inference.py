@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -42,6 +43,17 @@ from convnet_aig import (
 # Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
 FEW = 2  # so many photographs at a time are no faster than one by one
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in eval mode; afterwards each of its modules is in the mode that it was in."""
+    in_training = [module for module in model.modules() if module.training]
+    try:
+        yield model.eval()
+    finally:
+        for module in in_training:
+            module.training = True
 
 
 class Convolution:

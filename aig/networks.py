@@ -35,7 +35,7 @@ from aig.checkpoint import (
 from aig.console import InputError
 from aig.data import DATASETS, IMAGENET_STATISTICS, Loader
 from aig.images import Normaliser, Preprocess
-from aig.inference import accelerate
+from aig.inference import accelerate, evaluating
 from convnet_aig import (
     GATE_LAYERS,
     AdaptiveResNet,
@@ -174,7 +174,10 @@ def digest(state: dict[str, Tensor]) -> str:
 def budgets_of(file: Path, checkpoint: dict) -> dict[str, float | list[float]]:
     """The thresholds known for budgets, as text: of a model folder's config, and of `results_of`."""
     known, start = recorded(checkpoint).get("budgets", {}), "argmax@budget="
-    tested = {key: result for key, result in results_of(file, checkpoint).items() if key.startswith(start)}
+    tested = {
+        key: result for key, result in results_of(file, checkpoint).items()
+        if key.startswith(start) and "+" not in key  # at the network's own image size
+    }
     try:
         return {**known, **{key.removeprefix(start): result["threshold"] for key, result in tested.items()}}
     except (TypeError, KeyError) as error:
@@ -306,12 +309,12 @@ def pair(value: Any) -> Any:
 @torch.no_grad()
 def check_outputs(model: nn.Module, gated: AdaptiveResNet) -> None:
     """Raises ValueError unless both classify noise alike. They differ if `model` overrides `forward`."""
-    example, training, mode = next(model.parameters()), model.training, gated.gate_mode
+    example, mode = next(model.parameters()), gated.gate_mode
     noise = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(example)
     gated.gate_mode = "all"
-    wanted, found = model.eval()(noise), gated.eval()(noise)[0]
+    with evaluating(model):
+        wanted, found = model(noise), gated.eval()(noise)[0]
     wanted = wanted[0] if isinstance(wanted, tuple) else wanted  # of our own networks
-    model.train(training)
     gated.gate_mode = mode
     if not (found - wanted).abs().max() <= 1e-3 * wanted.abs().max():
         raise ValueError(f"{type(model).__name__} does not fit: it computes something else than its layers in turn")

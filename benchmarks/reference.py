@@ -2,7 +2,7 @@
 
 Every branch runs, the gate is a chain of 4-D operations with two logits, each operation is its own kernel, nothing
 is folded, and tensors are contiguous. No straw man: ReLUs and sums are in place, as in torchvision. The parameters
-are those of `convnet_aig`, so that both compute the same function; `tests/test_reference.py` checks it against the
+are those of `convnet_aig`, so that both compute the same function; `tests/test_convnet_aig.py` checks it against the
 golden numbers.
 """
 

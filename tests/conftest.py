@@ -12,6 +12,7 @@ from aig import console
 
 # One thread here and in the processes that tests start: results repeat, and small nets are faster so
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where the servers of tests are
 torch.set_num_threads(1)
 
 

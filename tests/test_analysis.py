@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import convnet_aig
 import train
 import train_img
 from aig import distributed
-from aig.analysis import figures, measures, parts
+from aig.analysis import figures, measures, parts, subjects
 from aig.analysis.__main__ import SUMMARY, main
 from aig.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from aig.console import InputError
@@ -75,6 +76,22 @@ def small():
 
 
 # ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("file", ["usage.csv", "images.csv", "extremes.png", "curve.pdf"])
+def test_no_file_of_another_analysis_is_replaced_unless_asked(run, runs, tmp_path, file):
+    (tmp_path / file).write_text("mine")
+    status, _, err = run(main, "--resume", runs / "aig", "--out", tmp_path, "--only", "usage", "curve")
+    assert (status, f"already holds {file}: choose another --out, or add --overwrite" in err) == (2, True)
+    assert (tmp_path / file).read_text() == "mine"
+
+
+def test_runs_on_other_images_are_not_compared(monkeypatch):
+    subject, other = (SimpleNamespace(path=name, name=name, loader=SimpleNamespace(labels=torch.tensor(labels)))
+                      for name, labels in (("a", [0, 1]), ("b", [1, 0])))
+    monkeypatch.setattr(subjects, "open_subject", lambda flags: other)
+    with pytest.raises(InputError, match="b is tested on other images than a: give the data of both"):
+        list(subjects.with_others(subject, [None]))
 
 
 def test_every_number_is_that_of_test(runs, analyzed):

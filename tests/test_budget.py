@@ -1,5 +1,6 @@
 """A budget for a whole network: its loss in training, and the thresholds that keep to it."""
 
+import copy
 import math
 
 import numpy as np
@@ -191,6 +192,17 @@ def test_each_gate_decides_by_its_own_threshold(model, loader, form):
 def test_thresholds_may_be_an_array_or_a_tensor():
     for thresholds in (np.array([0.25, 0.5]), torch.tensor([0.25, 0.5]), (0.25, 0.5)):
         assert check_thresholds(thresholds, 2) == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("one", [np.float32(0.25), np.float64(0.25), np.array(0.25), torch.tensor(0.25), 0.25])
+def test_a_threshold_may_be_any_kind_of_number(model, one):
+    model = copy.deepcopy(model)
+    images = torch.randn(4, 3, 8, 8, dtype=next(model.parameters()).dtype)
+    model.threshold = 0.25
+    wanted = torch.stack(model(images)[1])
+    model.threshold = one
+    for found in (model(images), aig.accelerate(model)(images)):
+        assert torch.equal(torch.stack(found[1]), wanted)
 
 
 @pytest.mark.parametrize("threshold", [0, 1, math.nan, [0.5] * 4, [0.5, 0.5, 0.5, 0.5, 1.0]])

@@ -3,9 +3,12 @@
 import argparse
 import math
 import os
+import shlex
 import signal
+import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,6 +88,15 @@ def test_help_gives_the_defaults_that_say_something(parser):
 # ---------------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture
+def usual_sigint():
+    """A background job of a shell script ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_sigint")
 def test_the_first_signal_is_noted_and_the_next_acts_as_usual():
     with Signals() as signals:
         assert signals.received == 0
@@ -163,6 +175,47 @@ def test_what_nobody_expected_keeps_its_traceback():
 
     with pytest.raises(ZeroDivisionError):
         console.run_command(main, "script")
+
+
+STREAMS = """
+from aig import console
+def main():
+    for _ in console.progress_bar(range(2), "counting", 2, "number"):
+        console.say("hello")
+    if {fails}:
+        raise console.InputError("no such folder")
+console.run_command(main, "script")
+"""
+
+
+@pytest.mark.parametrize(("closed", "fails", "expected"), [
+    (">&-", False, (0, "", "")),
+    ("2>&-", False, (0, "hello\nhello\n", "")),
+    (">&- 2>&-", False, (0, "", "")),
+    (">&-", True, (2, "", "script: error: no such folder\n")),
+    ("2>&-", True, (2, "hello\nhello\n", "")),
+])
+def test_a_command_runs_with_its_streams_closed(closed, fails, expected):
+    """As some daemons start it."""
+    words = shlex.join([sys.executable, "-c", STREAMS.format(fails=fails)])
+    done = subprocess.run(f"{words} {closed}", shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == expected
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_word():
+    """As in `train.py ... | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    words = [sys.executable, "-c", STREAMS.format(fails=False)]
+    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_module_is_recorded_by_its_name(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/aig/analysis/__main__.py", "--out", "figures"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="aig.analysis.__main__"))
+    assert console.command() == "python -m aig.analysis --out figures"
 
 
 def test_the_command_line_is_recorded_as_typed(monkeypatch):

@@ -1,14 +1,18 @@
 """The batched augmentation is torchvision's, and batches are a function of (seed, epoch, step)."""
 
+import argparse
 import os
 import pickle
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torchvision.transforms import functional as TF
 
@@ -157,6 +161,41 @@ def test_cifar_keeps_the_originals_constants():
     assert (mean, std) == ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 
 
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_cifar_is_torchvisions_training_and_test_set(name, tmp_path, monkeypatch):
+    def torchvisions(root, train, download):
+        assert (root, download) == (tmp_path, True)
+        images = np.full((2, 32, 32, 3), 1 if train else 2, dtype=np.uint8)
+        return SimpleNamespace(data=images, targets=[1, 0], classes=["ant", "bee"])
+
+    original = getattr(torchvision.datasets, name)
+    torchvisions.filename, torchvisions.url = original.filename, original.url
+    monkeypatch.setattr(torchvision.datasets, name, torchvisions)
+    for train, pixel in ((True, 1), (False, 2)):
+        found = DATASETS[name.lower()].load(tmp_path, train=train)
+        assert (found.images.shape, found.images.unique().item()) == ((2, 32, 32, 3), pixel)
+        assert (found.labels.tolist(), found.classes) == ([1, 0], ["ant", "bee"])
+
+
+def test_images_are_cropped_and_but_for_digits_flipped():
+    augments = {name: source.augment for name, source in DATASETS.items()}
+    assert augments == {"cifar10": "crop+flip", "cifar100": "crop+flip", "folder": "crop+flip", "digits": "crop"}
+    assert data.open_loaders(Choice("digits"), Batching(64)).train.augment == "crop"
+
+
+def test_what_is_drawn_for_a_seed_is_pinned():
+    """A run that is resumed, or tested by another version, must find the same images held out and in the same order."""
+    source = random_images(100)
+    assert data.hold_out(source, 4)[1].labels.tolist() == [4, 9, 3, 0]
+    assert data.subset_indices(100, 4).tolist() == [45, 15, 90, 32]
+    loader = SmallImageLoader(source, 16, UNIT, augment="crop+flip", seed=1)
+    assert loader.order(1)[:4].tolist() == [46, 15, 47, 85]
+    images, labels = next(loader.batches(1))
+    assert (labels[:4].tolist(), int(images[:4].double().sum())) == ([6, 5, 7, 5], 1345791)
+    digits = DATASETS["digits"].load(Path(), train=False)
+    assert digits.labels[:8].tolist() == [7, 6, 3, 7, 7, 3, 2, 8]
+
+
 def test_a_class_folder_is_read_as_it_is(image_folder, tmp_path):
     image_folder(tmp_path, train=4, test=3)
     images = data.load_folder(tmp_path, train=True)
@@ -281,6 +320,34 @@ def test_a_split_holds_out_the_same_part_of_each_class_every_time(tmp_path):
     assert (split_names(root, True), split_names(root, False)) == (train, test)
     assert train == [sample for sample in everything if sample in set(train)]  # in the folder's order
     assert test[:5] != [(f"{number:02}.png", 0) for number in range(5)]  # not just the first
+    assert [name for name, label in test if label] == ["01.png", "06.png", "00.png"]  # pinned: runs depend on it
+
+
+def test_an_image_that_is_added_moves_at_most_one_other(tmp_path):
+    root = class_folders(tmp_path / "first", ant=20, bee=8)
+    trained = set(split_names(root, True))
+    shutil.move(root, tmp_path / "moved")
+    root = tmp_path / "moved"
+    assert set(split_names(root, True)) == trained
+    for number in range(20, 40):
+        shutil.copy(root / "ant" / "00.png", root / "ant" / f"{number}.png")
+        before, trained = trained, set(split_names(root, True))
+        assert len(before - trained) <= 1
+        assert {sample for sample in trained ^ before if sample[1]} == set()  # the other class stays as it is
+
+
+def test_a_test_keeps_to_the_split_of_the_training_or_to_that_of_other_images(image_folder, tmp_path):
+    own, other = {"split": 0.25, "data": str(tmp_path / "mine")}, image_folder(tmp_path / "other", train=1, test=1)
+    for given, asked, root, kept in (
+        ({}, 0.25, own["data"], 0.25), ({}, 0.25, other, None), ({"split"}, 0.25, own["data"], 0.25),
+        ({"split"}, 0.5, tmp_path / "more", 0.5),
+    ):
+        flags = argparse.Namespace(split=asked, data=str(root))
+        data.settle_split(flags, own, given, "FILE")
+        assert flags.split == kept
+    flags = argparse.Namespace(split=0.5, data=own["data"])
+    with pytest.raises(InputError, match=r"--split 0.5: FILE was trained with --split 0.25, so some of these test"):
+        data.settle_split(flags, own, {"split"}, "FILE")
 
 
 @pytest.mark.parametrize(("part", "held_out"), [(0.001, 1), (0.999, 9), (0.5, 5)])
@@ -339,6 +406,32 @@ def test_a_test_on_a_subset_takes_always_the_same_images():
     tests = [data.open_loaders(Choice("digits", test=True, test_size=30), Batching(64, seed)).val for seed in (1, 2)]
     assert tests[0].num_images == 30
     assert torch.equal(tests[0].images, tests[1].images)
+
+
+def test_thresholds_are_chosen_on_held_out_images_as_in_evaluation(monkeypatch, image_folder, tmp_path):
+    def calibration(**choice):
+        return data.open_loaders(Choice(**choice, test=True, calibrates=True), Batching(64)).calibration
+
+    everything, some = DATASETS["digits"].load(Path(), train=True), calibration(dataset="digits", val_size=50)
+    assert (some.num_images, some.training, some.augment) == (50, False, None)
+    held_out = data.hold_out(everything, 50)[1]
+    assert {image.numpy().tobytes() for image in some.images.cpu()} == {x.numpy().tobytes() for x in held_out.images}
+    monkeypatch.setattr(data, "CALIBRATION", 30)
+    assert calibration(dataset="digits", val_size=50).num_images == 30
+    trained = {image.numpy().tobytes() for image in everything.images}
+    assert {image.numpy().tobytes() for image in calibration(dataset="digits").images.cpu()} < trained
+    image_folder(tmp_path, train=20, val=3)
+    photographs = calibration(data=str(tmp_path), image_size=24)
+    assert (photographs.num_images, photographs.training) == (30, False)
+    assert all(path.startswith(str(tmp_path / "train")) for path in photographs.files)
+    first, second = (torch.cat([images for images, _ in photographs.batches(epoch)]) for epoch in (1, 2))
+    assert torch.equal(first, second)  # nothing is drawn at random
+
+
+def test_a_test_on_a_subset_of_photographs_takes_always_the_same(image_folder, tmp_path):
+    choice = Choice(data=str(image_folder(tmp_path, train=1, val=8)), image_size=24, test=True, test_size=5)
+    first, second = (data.open_loaders(choice, Batching(4, seed)).val for seed in (1, 2))
+    assert (first.num_images, first.files) == (5, second.files)
 
 
 def test_a_test_is_on_the_test_images_though_training_held_out_others():

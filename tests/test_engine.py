@@ -448,7 +448,7 @@ def test_between_two_reports_the_training_loop_waits_for_no_device(changes):
     model, loader = small_net(), small_loader(80, augment="crop")
     state, noted = new_state(model, loader, replace(RECIPE, **changes)), []
     with watching(lambda name: noted.append((state.epoch, state.step, name))):
-        train(model, loader, state=state, print_freq=3, **changes)
+        train(model, loader, state=state, print_freq=3, log_interval=3, **changes)
     by_step = {(epoch, step) for epoch, step, _ in noted}
     assert by_step - {(1, 0)} == {(1, 3), (1, 5), (2, 0)}  # the report, and when the epoch is through
     assert {name for epoch, step, name in noted if (epoch, step) == (1, 0)} == {"lift_fresh"}  # the target rates

@@ -467,7 +467,8 @@ def hub(folder, tmp_path):
 
     def call(statement):
         place = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-                 "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+                 "PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+                 "HF_HUB_OFFLINE": "0"}
         environment = {**os.environ, **place}
         words = [sys.executable, "-c", statement]
         return subprocess.run(words, env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 from torchvision import transforms
 from torchvision.transforms import functional as TF
+from torchvision.transforms import v2
 
 from aig import images, runtime
 from aig.console import InputError
 from aig.data import IMAGENET_STATISTICS
-from aig.images import Normaliser, Preprocess
+from aig.images import Normaliser, Preprocess, photo_transform
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
@@ -74,6 +75,16 @@ def test_small_images_keep_their_whole_short_side(width, height):
     pixels = images.centred(32, 32)(image)
     assert (pixels.shape, pixels.dtype) == ((3, 32, 32), torch.uint8)
     np.testing.assert_array_equal(pixels.permute(1, 2, 0), np.asarray(expected))
+
+
+def test_photographs_are_augmented_by_torchvisions_transforms_for_imagenet():
+    image, mine = picture(), photo_transform(24, train=True)
+    usual = v2.Compose([v2.RandomResizedCrop(24), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    for seed in range(8):
+        torch.manual_seed(seed)
+        wanted = usual(image)
+        torch.manual_seed(seed)
+        assert torch.equal(mine(image), wanted)
 
 
 def test_photographs_are_cropped_as_for_imagenet_and_in_proportion():

@@ -125,13 +125,24 @@ def test_a_probability_that_is_none_is_an_error(probability):
 
 def test_our_own_plain_network_gets_gates_too_and_keeps_its_classes():
     plain = plain_net()
-    plain.classes, training = [*"abcd"], plain.training
+    plain.classes = [*"abcd"]
+    plain.train()
+    plain.bn1.eval()  # frozen, as in fine-tuning
     net = aig.gate(plain)
+    assert [plain.training, plain.bn1.training, plain.layer1[0].bn1.training] == [True, False, True]
+    plain.eval()
     images = torch.randn(3, 3, 32, 32)
     net.gate_mode = "all"
     with torch.no_grad():
         assert torch.equal(net(images)[0], plain(images)[0])
-    assert (net.num_gates, net.classes, plain.training) == (3, [*"abcd"], training)
+    assert (net.num_gates, net.classes) == (3, [*"abcd"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_network_of_another_dtype_stays_in_it(dtype):
+    net = aig.gate(plain_net().to(dtype))
+    logits, gates = net(torch.randn(2, 3, 32, 32, dtype=dtype))
+    assert {value.dtype for value in (*net.parameters(), logits, *gates)} == {dtype}
 
 
 class OwnForward(torchvision.models.ResNet):

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import aig
+from aig import inference
 from aig.analysis.__main__ import main
 from aig.checkpoint import CONFIG, WEIGHTS, load_checkpoint
 from aig.folders import CARD
@@ -49,8 +50,15 @@ def test_the_network_decides_as_it_did_when_it_was_released(released):
     assert "".join(str(int(z.item())) for z in gates) == GRAPH
 
 
-def test_it_skips_what_it_closes(released):
+def test_it_skips_what_it_closes(released, monkeypatch):
     model, normalise = released
+    convolved, call = [], inference.Convolution.__call__
+
+    def counted(self, x, *rest, **options):
+        convolved.append(len(x))
+        return call(self, x, *rest, **options)
+
+    monkeypatch.setattr(inference.Convolution, "__call__", counted)
     random = torch.Generator().manual_seed(0)
     noise = 40 * torch.randn(32, 3, 32, 32, generator=random)
     images = normalise((picture() + noise * torch.linspace(0, 1, 32).view(-1, 1, 1, 1)).clamp(0, 255))
@@ -58,6 +66,7 @@ def test_it_skips_what_it_closes(released):
         logits, gates = model(images)
         fast, skipped = aig.accelerate(model)(images)
     opened = torch.stack(gates)
+    assert sum(convolved) == 32 * 3 + 2 * opened.sum()  # stem, two shortcuts, and two convolutions of open branches
     assert torch.equal(opened, torch.stack(skipped))
     torch.testing.assert_close(logits, fast, atol=1e-3, rtol=1e-3)
     assert 0.5 < opened.mean() < 1

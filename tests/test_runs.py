@@ -5,6 +5,7 @@ import math
 import os
 import re
 import signal
+import stat
 import threading
 import time
 
@@ -210,6 +211,18 @@ def test_a_write_that_fails_leaves_the_file_that_was_there(tmp_path):
     with runs.atomic_write(path) as file:
         file.write(b"after")
     assert path.read_text() == "after"
+
+
+def test_a_file_is_on_the_disk_under_its_name(tmp_path, monkeypatch):
+    synced, original = [], os.fsync
+
+    def fsync(number):
+        synced.append(stat.S_ISDIR(os.fstat(number).st_mode))
+        original(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    runs.write_json(tmp_path / "file.json", {})
+    assert synced == [False, True]  # what is in it, then the folder that names it
 
 
 def test_numbers_that_json_does_not_have_become_null(tmp_path):

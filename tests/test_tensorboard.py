@@ -84,9 +84,9 @@ def test_without_the_package_a_run_does_not_begin(run, monkeypatch, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_it_is_for_a_training(run, tmp_path):
-    status, _, err = run(train.main, "--test", "--resume", tmp_path, "--tensorboard")
-    assert (status, err.count("\n")) == (2, 1)
+def test_it_is_for_a_training(run, trained):
+    status, _, err = run(train.main, "--test", "--resume", trained("--epochs", 1), "--tensorboard")
+    assert (status, err) == (2, "script: error: --tensorboard shows a training: leave it out with --test\n")
 
 
 def test_values_that_are_not_finite_are_left_out(trained):

@@ -254,6 +254,14 @@ def test_every_gate_parameter_gets_the_gate_learning_rate(run, photos, tmp_path)
     assert not torch.equal(states[1]["layer1.2.fc1.weight"], fresh["layer1.2.fc1.weight"])
 
 
+def test_the_best_model_of_another_image_size_is_chosen_anew(run, photos, tmp_path):
+    command = [photos, *TINY, "--workers", 0, "--save", tmp_path, "--expname", "run", "--arch", "resnet18"]
+    command[command.index("--target-rates") + 1] = "uniform"
+    assert run(train_img.main, *command, "--stop-after", 1)[0] == 0
+    status, out, _ = run(train_img.main, "--resume", tmp_path / "run", "--device", "cpu", "--image-size", 40)
+    assert (status, "the validation images have changed: the best model is chosen anew" in out) == (0, True)
+
+
 def test_the_learning_rate_falls_every_lrdecay_epochs(run, photos, tmp_path):
     command = [photos, *TINY, "--epochs", 3, "--lrdecay", 2, "--lr", 0.01, "--workers", 0, "--save", tmp_path]
     assert run(train_img.main, *command, "--expname", "decay")[0] == 0

@@ -18,8 +18,10 @@ import train
 import train_img
 import utils
 from aig import runs
+from aig.analysis.__main__ import main as analyze
 from aig.checkpoint import CHECKPOINT, load_checkpoint
 from aig.console import InputError
+from aig.distributed import World
 from convnet_aig import BasicBlock, ResNet_cifar
 
 ROOT = Path(__file__).parent.parent
@@ -312,6 +314,17 @@ def test_a_budget_is_recorded_with_its_terms_and_kept(tuned):
     assert args["mean"] == runs.read_json(tuned / "plain" / runs.ARGS)["mean"]
 
 
+def test_images_are_normalised_as_those_of_the_pretrained_network(run, copied, tmp_path):
+    path = copied / "plain" / CHECKPOINT
+    checkpoint = torch.load(path)
+    checkpoint["args"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    torch.save(checkpoint, tmp_path / "plain.pth.tar")
+    command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--epochs", 1, "--save", tmp_path]
+    assert run(train.main, *command, "--pretrained", tmp_path / "plain.pth.tar", "--expname", "run")[0] == 0
+    args = runs.read_json(tmp_path / "run" / runs.ARGS)
+    assert (args["mean"], args["std"]) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+
+
 def test_the_best_model_is_one_after_the_floor_has_come_down(tuned):
     best = load_checkpoint(tuned / "gated" / runs.BEST)
     assert best["epoch"] - 1 >= 2  # before that the floor comes down
@@ -494,6 +507,43 @@ def test_a_network_without_gates_keeps_no_budget(run, copied):
     assert (status, err) == (2, "script: error: --budget: this network has no gates\n")
 
 
+@pytest.mark.parametrize("script", [train, train_img])
+def test_no_cuda_is_the_cpu(script):
+    assert script.make_parser().parse_args(["--no-cuda"]).device == "cpu"
+
+
+@pytest.mark.parametrize(("flags", "own", "key"), [
+    ([], {"image_size": 224}, "argmax"),
+    (["--image-size", "128"], {"image_size": 224}, "argmax+size=128"),
+    (["--image-size", "128", "--gate-mode", "sample", "--reestimate-bn"], {"image_size": 224}, "sample+size=128+bn"),
+    (["--image-size", "128", "--budget", "0.7"], {"image_size": 128}, "argmax@budget=0.7"),
+    (["--threshold", "0.7"], {}, "argmax@0.7"),
+])
+def test_a_result_is_named_by_what_is_not_usual(flags, own, key):
+    assert utils.result_key(train_img.make_parser().parse_args(["photos", *flags]), own) == key
+
+
+@pytest.mark.parametrize("flags", [["--reestimate-bn"], ["--budget", 0.7]])
+def test_some_tests_are_for_one_process(run, copied, monkeypatch, flags):
+    monkeypatch.setattr(utils.distributed, "world", lambda: World(0, 2))
+    with pytest.raises(InputError, match=f"{flags[0]}: use one process"):
+        train.main(["--test", "--resume", str(copied / "gated"), "--device", "cpu", *map(str, flags)])
+
+
+def test_a_split_belongs_to_its_images(run, image_folder, tmp_path):
+    image_folder(tmp_path, all=8)
+    image_folder(tmp_path / "other", train=2, test=3)
+    command = ["--dataset", "folder", "--data", tmp_path / "all", "--split", 0.25, "--depth", 8, "--batch-size", 4]
+    assert run(train.main, *command, "--epochs", 1, "--device", "cpu", "--save", tmp_path, "--expname", "run")[0] == 0
+    test = ["--test", "--resume", tmp_path / "run", "--device", "cpu"]
+    for more, images in ([], 4), (["--data", tmp_path / "other"], 6):
+        assert run(train.main, *test, *more)[0] == 0
+        assert runs.read_json(tmp_path / "run" / runs.TEST)["argmax"]["images"] == images
+    for main, rest in ((train.main, test), (analyze, [*test[1:], "--out", tmp_path / "figures"])):
+        status, _, err = run(main, *rest, "--split", 0.5)
+        assert (status, "was trained with --split 0.25, so some of these test images" in err) == (2, True)
+
+
 # ---------------------------------------------------------------------------------------------- help
 
 
@@ -502,7 +552,7 @@ def test_help_is_quick_grouped_and_complete(script):
     command = [sys.executable, "-X", "importtime", ROOT / script, "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert {"torch", "aig"} < imported
     assert not imported & {"torchvision", "sklearn", "scipy", "visdom", "matplotlib", "PIL.ImageFont"}
     for group in ("run", "training", "beyond the paper", "speed of training", "evaluation", "images and network"):

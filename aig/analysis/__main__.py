@@ -22,7 +22,7 @@ from aig import distributed, runs
 from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
 from aig.console import ESCAPED, InputError, Parser, number, one_or_several, run_command, say
-from aig.data import DATASETS, check_classes, default_workers
+from aig.data import DATASETS, check_classes, default_workers, settle_split
 from convnet_aig import RUNS_EVERYTHING
 
 SUMMARY = "summary.json"
@@ -92,9 +92,10 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
             raise InputError(f"{path} {how}")
         own = {**own, "gate_mode": "argmax"}  # the budget's, or the same as any other without gates
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)
-    flags = {**vars(args), **inherited}
     epoch = following - 1 if isinstance(following, int) else None
-    return argparse.Namespace(**flags, path=path, recorded=own, epoch=epoch)
+    flags = argparse.Namespace(**{**vars(args), **inherited}, path=path, recorded=own, epoch=epoch)
+    settle_split(flags, own, given, path)
+    return flags
 
 
 # ---------------------------------------------------------------------------------------------- the command
@@ -160,7 +161,8 @@ def show_images(flags: argparse.Namespace) -> None:
 
 def check_vacant(folder: Path, names: Sequence[str]) -> None:
     """Raises InputError if --out holds results of these parts already."""
-    if found := sorted(path.name for path in folder.glob("*.*") if path.stem in names):
+    written = {*names, *(parts.USAGE_FILES if "usage" in names else ())}
+    if found := sorted(path.name for path in folder.glob("*.*") if path.stem in written):
         raise InputError(f"{folder} already holds {', '.join(found)}: choose another --out, or add --overwrite")
 
 

@@ -27,6 +27,7 @@ from aig.inference import accelerate, count_macs
 from convnet_aig import AdaptiveResNet
 
 PARTS = ("rates", "usage", "curve", "robustness", "similarity")
+USAGE_FILES = ("extremes", "images")  # what `usage` writes under other names
 GALLERY_CLASSES, GALLERY_IMAGES = 10, 4  # of the contact sheet: rows, and images on either side
 GUESSES = 5  # classes that are printed for a single image
 

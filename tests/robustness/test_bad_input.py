@@ -349,6 +349,13 @@ RESUMING = {
 }
 
 
+def test_the_checkpoint_is_taken_as_it_is(run, place):
+    """Or else all others might be refused for another reason than theirs."""
+    assert run(train.main, "--test", "--device", "cpu", "--resume", place.changed())[0] == 0
+    place.changed().rename(place.root / "run" / runs.CHECKPOINT)
+    assert run(train.main, "--epochs", 2, "--device", "cpu", "--resume", place.root / "run")[0] == 0
+
+
 @pytest.mark.parametrize("kind", CHECKPOINTS)
 def test_checkpoints_to_test(refused, place, kind):
     refused(train.main, "--test", "--device", "cpu", "--resume", CHECKPOINTS[kind](place))

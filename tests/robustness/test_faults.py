@@ -233,11 +233,23 @@ def test_a_loss_that_is_not_finite_names_the_last_good_checkpoint(run, begun):
     assert (status, "nothing was saved yet" in err) == (1, True)
 
 
+def test_what_is_not_finite_is_not_saved_in_mid_epoch_either(run, begun):
+    status, _, err = resume(run, begun, "--lr", 1e30, "--checkpoint-minutes", 1e-9, "--print-freq", 1000)
+    assert (status, "not finite since epoch 2, step" in err) == (1, True)
+    assert all(value.isfinite().all() for value in load_checkpoint(begun / runs.CHECKPOINT)["state_dict"].values())
+
+
 def test_resume_auto_starts_goes_on_and_ends(run, begun, tmp_path):
     auto = [*DIGITS, "--epochs", 2, "--save", tmp_path, "--resume", "auto", "--expname"]
     assert run(train.main, *auto, "new", "--stop-after", 1)[0] == 0
     (tmp_path / "left").mkdir()
     (tmp_path / "left" / runs.ARGS).write_text("{}")  # ended before its first checkpoint
+    record = (begun / runs.METRICS).read_bytes()
+    (tmp_path / "left" / runs.METRICS).write_bytes(record)  # or between the first record and its checkpoint
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / runs.METRICS).write_bytes(record + record.replace(b'"epoch": 1', b'"epoch": 2'))
+    status, _, err = run(train.main, *auto, "lost")  # its checkpoint was taken away
+    assert (status, "already holds a run" in err) == (2, True)
     for name in ("new", "begun", "left"):
         assert run(train.main, *auto, name)[0] == 0
         assert [record["epoch"] for record in runs.read_records(tmp_path / name)] == [1, 2]
