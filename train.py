@@ -37,7 +37,7 @@ def make_parser() -> Parser:
     images.add_argument("--dataset", default="cifar10", choices=DATASETS, help="what to train on")
     images.add_argument("--data", default="data", metavar="DIR", help="where CIFAR is or goes, or the class folders")
     images.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
-                        help="--dataset folder without train/ and test/: hold out this part of each class")
+                        help="--dataset folder without train/ and test/: hold out this fraction of each class")
     images.add_argument("--depth", type=depth, default=110, help="of the ResNet: 6 n + 2")
     images.add_argument("--val-size", type=number(int, 0), default=0, metavar="N",
                         help="choose the best model on N held-out training images; 0: on the test set, as the original")

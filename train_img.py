@@ -39,7 +39,7 @@ def make_parser() -> Parser:
     parser.add_argument("data", nargs="?", metavar="DIR", help="holds train/ and val/, a folder per class in each")
     images = parser.add_argument_group("images and network")
     images.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
-                        help="DIR holds the class folders themselves: hold out this part of each class")
+                        help="DIR holds the class folders themselves: hold out this fraction of each class")
     images.add_argument("--arch", default="resnet50", choices=ARCHS, help="the backbone")
     images.add_argument("--target-rates", default="uniform", metavar="uniform|paper|R1,R2,...",
                         help="target rate of each block; in a list, t stands for --target; blocks at 1 have no gate")

@@ -64,7 +64,7 @@ def make_parser() -> Parser:
     recorded.add_argument("--data", default="data", metavar="DIR", help="the folder of the images")
     recorded.add_argument("--dataset", default="cifar10", choices=DATASETS, help="which small images")
     recorded.add_argument("--split", type=number(float, above=0, below=1), metavar="P",
-                          help="DIR holds the class folders themselves: test on this part of each class")
+                          help="DIR holds the class folders themselves: test on this fraction of each class")
     recorded.add_argument("--gate-mode", default="argmax", choices=("argmax", "sample"), help="how gates decide")
     recorded.add_argument("--threshold", type=one_or_several(number(float, above=0, below=1)), default=0.5, metavar="P",
                           help="gate mode argmax opens a gate where P(open) is above this")
