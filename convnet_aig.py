@@ -126,7 +126,7 @@ class FoldedGate:
         return x.sum((2, 3))
 
     def __call__(self, pooled: Tensor, pixels: int) -> Tensor:
-        """What `pool` returned for images of so many pixels -> log-odds (N, 1)."""
+        """The output of `pool` for images of `pixels` pixels -> log-odds (N, 1)."""
         h = torch.addmm(self.bias1, pooled, self.weight1, alpha=1 / pixels).relu_()  # (N, 16)
         return torch.addmm(self.bias2, h, self.weight2)
 

@@ -165,7 +165,7 @@ def rates_as_sampled(scores: Tensor, shift: float) -> Tensor:
     ordered, count = scores.sort(0, descending=True).values, len(scores)  # (N, G)
     padded = F.pad(ordered, (0, 0, 1, 1))  # a row above and one below
     padded[0], padded[-1] = ordered[0] + 1, ordered[-1] - 1
-    off = (torch.arange(count + 1, device=scores.device)[:, None] - rates * count).abs()  # if so many are opened
+    off = (torch.arange(count + 1, device=scores.device)[:, None] - rates * count).abs()  # if this many are opened
     opened = off.where(padded[:-1] > padded[1:], math.inf).argmin(0)  # a threshold does not part equal scores
     places = torch.stack([opened, opened + 1])
     return padded.gather(0, places).mean(0).clamp(-EXTREME, EXTREME)

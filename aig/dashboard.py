@@ -40,10 +40,10 @@ from aig.runs import ARGS, MATRIX, METRICS, nan_to_none, read_json, read_records
 SERVER, PORT = "http://localhost", 8097
 TIMEOUT = 1.5  # seconds that a training waits for its windows after an epoch
 PATIENCE = 10  # seconds that the server has to answer a message
-SHOWN_CLASSES = 18  # a reader can tell so many curves apart: six hues, three dashes
-NAMED = 25  # so many rows of a heat map have space for a name
+SHOWN_CLASSES = 18  # as many curves as a reader can tell apart: six hues, three dashes
+NAMED = 25  # the most rows of a heat map that have space for a name
 WIDTH, HEIGHT = 480, 340  # of a window, in pixels
-PER_INCH = 70  # so many pixels are an inch of an image
+PER_INCH = 70  # pixels in an inch of an image
 FRACTION = [-0.02, 1.02]  # the range of an axis
 LOG = {"type": "log", "dtick": 1}
 DASHES = {"solid": "-", "dash": "--", "dot": ":"}  # Plotly's name: matplotlib's

@@ -492,9 +492,9 @@ class Choice:
     dataset: str = PHOTOGRAPHS  # or a key of DATASETS
     data: str = ""  # the folder
     split: float | None = None  # see `open_split`
-    train_size: int | None = None  # use so many training images
-    val_size: int = 0  # hold out so many of them
-    test_size: int | None = None  # test on so many
+    train_size: int | None = None  # how many training images to use; None: all
+    val_size: int = 0  # how many of them to hold out
+    test_size: int | None = None  # how many images to test on; None: all
     image_size: int = 224  # of photographs
     test: bool = False  # evaluate on the test images; else train, and validate on those held out or on the test images
     needs_training: bool = False  # whether a test needs the training images, too

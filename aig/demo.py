@@ -41,7 +41,7 @@ HOST = "127.0.0.1"
 GUESSES = 5  # classes shown
 STEP = 0.005  # of the slider
 LARGEST = "20mb"  # of an uploaded file
-NARROW = 50  # an image so many times longer than wide would need too much memory when it is resized
+NARROW = 50  # resizing an image this many times longer than wide would need too much memory
 KEPT = 3600  # seconds that an uploaded file is kept
 CSS = """
 .graph { display: flex; flex-wrap: wrap; gap: 4px 16px; font-size: 12px; }

@@ -39,7 +39,7 @@ except ImportError:  # `export_onnx` says so
     helper = None
 
 OPSET, IR = 18, 8  # of the end of 2022: all engines in use read them
-CHECKED, ATTEMPTS = 8, 10  # so many images for each pattern of open gates, drawn so often until they are clear
+CHECKED, ATTEMPTS = 8, 10  # images for each pattern of open gates; draws until that many are clear
 CLOSE = 1e-4  # log-odds nearer than this to a threshold may decide either way
 TOLERANCE = 1e-4  # of the logits, absolute, or relative to the largest
 

@@ -42,7 +42,7 @@ from convnet_aig import (
 
 # Found by trials on a CPU; they decide about speed, never about results
 CHUNK_PIXELS = 1 << 17  # of the images that go through the network together
-FEW = 2  # so many photographs at a time are no faster than one by one
+FEW = 2  # photographs: this many at a time are no faster than one by one
 
 
 @contextmanager

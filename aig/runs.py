@@ -41,7 +41,7 @@ EVENTS = "tensorboard"
 RUN_FILES = (CHECKPOINT, BEST, ARGS, METRICS, TEST, MATRIX)  # a folder with any of them holds a run
 LOCK = ".lock"
 PATIENCE = 10  # seconds to wait for a run folder; the image workers of a killed process keep it for 5
-MATRIX_CLASSES = 100  # above so many classes the classes x blocks matrix is kept outside of the records
+MATRIX_CLASSES = 100  # with more classes, the classes x blocks matrix is kept outside of the records
 
 
 # ---------------------------------------------------------------------------------------------- files

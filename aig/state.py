@@ -33,7 +33,7 @@ class State:
     steps: int  # of an epoch
     world: World = ALONE
     epoch: int = 1  # to run
-    step: int = 0  # so many of its steps are done
+    step: int = 0  # how many of its steps are done
     seen: int = 0  # images in them
     sums: dict[str, Tensor] = field(default_factory=dict)  # over these images, see `Objective`
     seconds: float = 0  # spent on the epoch by earlier processes

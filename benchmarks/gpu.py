@@ -1,7 +1,7 @@
 """Everything that is to be measured on a GPU, in pieces of under ten minutes, and a table of it.
 
     python -m benchmarks.gpu --out DIR --data DIR         # all that is not done yet; --data holds train/ and test/
-    python -m benchmarks.gpu --out DIR --minutes 25       # go on where it stopped, for so long
+    python -m benchmarks.gpu --out DIR --minutes 25       # go on where it stopped, for 25 minutes
     python -m benchmarks.gpu --out DIR --small            # everything with tiny nets, in a few minutes of a CPU
 
 Each piece is a process. What it gave is DIR/NAME.json, what it printed DIR/NAME.log, and a piece whose file is there is
@@ -104,7 +104,7 @@ def stop(process: subprocess.Popen) -> int:
 
 
 def carry_out(name: str, command: Sequence[str], out: Path, seconds: float) -> dict | None:
-    """Runs a piece for at most so long: its record, or None if it was stopped and has more to do."""
+    """Runs a piece within a time limit: its record, or None if it was stopped and has more to do."""
     start, limit, line = time.perf_counter(), min(LIMIT, seconds), [sys.executable, *command]
     with (out / f"{name}.log").open("a+") as log:
         before = log.tell()

@@ -46,7 +46,7 @@ def file(net: str, rates: Sequence[float] | float | None, folder: Path) -> str:
 
 
 def seconds(run: Callable[[], object], slot: float) -> float:
-    """CPU time of a call, the mean over so many calls as take `slot` seconds."""
+    """CPU time of a call, the mean over as many calls as take `slot` seconds."""
     run()
     count, start = 0, time.process_time()
     while (taken := time.process_time() - start) < slot or not count:

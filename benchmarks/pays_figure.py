@@ -85,7 +85,7 @@ def open_blocks(rates: Sequence[float]) -> list[int]:
 
 
 def static_net(stages: Sequence[int]) -> torch.nn.Module:
-    """A plain network with so many blocks in each stage, not trained."""
+    """A plain network with these numbers of blocks in its stages, not trained."""
     model = ResNet_cifar(BasicBlock, stages, target_rates=[1] * sum(stages)).eval()
     model.preprocess = aig.load(ROOT / teacher_folder(SEEDS[0])).preprocess
     return model

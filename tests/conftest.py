@@ -38,7 +38,7 @@ def run(capsys):
 
 @pytest.fixture(scope="session")
 def image_folder():
-    """Writes random images in class folders: `image_folder(root, train=8, val=3)` -> root, with so many in a class."""
+    """Writes random images in class folders: `image_folder(root, train=8, val=3)` -> root, that many in each class."""
 
     def write(root, classes=("ant", "bee"), size=(32, 32), suffix="png", **counts):
         random = np.random.default_rng(0)

@@ -297,7 +297,7 @@ def test_each_process_has_as_many_workers_as_its_share_of_the_cores(monkeypatch,
 
 
 def class_folders(root, **counts):
-    """A folder per class with so many images, each of one colour of its own."""
+    """A folder per class with that number of images, each of one colour of its own."""
     for red, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True)
         for number in range(count):

@@ -289,7 +289,7 @@ def test_pixels_are_resized_and_cropped_as_pillow_does(size, photographs, engine
     for height, width in ((32, 32), (48, 48), (67, 90), (100, 301), (20, 25), (500, 375), (1, 7)):
         pixels = random.integers(0, 256, (2, height, width, 3), dtype=np.uint8)
         wanted = torch.stack([preprocess(Image.fromarray(picture)) for picture in pixels])
-        levels = images.Normaliser(preprocess.mean, preprocess.std).std.numpy()  # a grey level is 1 / so much
+        levels = images.Normaliser(preprocess.mean, preprocess.std).std.numpy()  # a grey level is 1 / this
         apart = np.abs(run(pixels) - wanted.numpy()) * levels
         assert apart.max() < 2.01
         assert (apart > 0.01).mean() < 0.03

@@ -52,7 +52,7 @@ def apart(places: np.ndarray, least: float) -> list[int]:
 
 
 def name_rows(axis: Axis, names: Sequence[str], height: float) -> None:
-    """Names at 0, 1, ... of an axis that is so many points long: smaller ones for more rows, or none."""
+    """Names at 0, 1, ... of an axis of this length in points: smaller ones for more rows, or none."""
     size = min(8, 0.8 * height / len(names))
     if size >= 3:
         axis.set_ticks(range(len(names)), names, parse_math=False, fontsize=size)

@@ -28,7 +28,7 @@ from aig.losses import Objective
 from convnet_aig import AdaptiveResNet, draw_noise
 
 Arrays = dict[str, np.ndarray]
-GRADIENT_PIXELS = 1 << 19  # gradients are taken of so many at once: 10 photographs, about 1 GiB for ResNet-50
+GRADIENT_PIXELS = 1 << 19  # pixels in a batch for gradients: 10 photographs, about 1 GiB for ResNet-50
 
 
 # ---------------------------------------------------------------------------------------------- graphs of all images

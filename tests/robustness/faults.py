@@ -117,7 +117,7 @@ def compare(folder: Path, straight: Path) -> None:
 
 
 def torment(kind: signal.Signals, times: int, seed: int, root: Path) -> str:
-    """Disturbs one training so many times, and compares it with an undisturbed one. Returns a report."""
+    """Disturbs one training `times` times, and compares it with an undisturbed one. Returns a report."""
     chance, began = random.Random(seed), time.monotonic()
     epochs = times * (MOST_LINES + 4) // STEPS + 3  # so that it does not end before
     more = ["--checkpoint-minutes", "1e-9"] if kind == signal.SIGKILL else []

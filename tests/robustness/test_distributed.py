@@ -173,7 +173,7 @@ def work(rank, size, folder):
 
 @pytest.fixture(scope="module", params=[2, 3])
 def done(request, tmp_path_factory):
-    """What so many processes got for each of the tasks: a dict for each process."""
+    """What each process got for each of the tasks: a dict for each process."""
     folder = tmp_path_factory.mktemp("processes")
     torch.multiprocessing.spawn(work, (request.param, folder), request.param)
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]

@@ -27,7 +27,7 @@ PARSERS = {"train": (train.make_parser, ("depth",)), "train_img": (train_img.mak
 
 
 def fuzzed(per_second):
-    """Hypothesis' settings for a test that tries so many examples a second."""
+    """Hypothesis' settings for a test that tries this many examples a second."""
     checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(max_examples=int(SECONDS * per_second), deadline=None, suppress_health_check=checks)
 
