@@ -33,7 +33,7 @@ control, each without or with a teacher, whichever has the lower test error (the
 Their error at the gated net's cost follows, seed by seed, from the lower convex hull of their points, over the
 logarithm of the multiply-accumulates; beyond its lowest point it stays the same, because the cheaper net can be taken.
 If their curve falls and is convex, it lies between two numbers: the upper one is on the hull; the lower one is the
-highest of the hull's least error and its other edges, prolonged. A net *pays* if its test error, the mean of the seeds,
+highest of the hull's least error and its other edges, extended. A net *pays* if its test error, the mean of the seeds,
 is more than 0.5 points below the lower number, *loses* if more than 0.5 above the upper, and is *undecided* between;
 the margin was chosen beforehand. By the same rule the `budget` nets, and `floor` at 0.6, are compared with nets that
 always run the same blocks, the four `majority`. A net that pays, but not against those, is a smaller static net, found

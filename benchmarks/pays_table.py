@@ -75,7 +75,7 @@ def bounds(nets: Sequence[Point], macs: float) -> tuple[float, float] | None:
     """Between which errors a falling convex curve through the hull of these nets lies at a cost.
 
     Returns:
-        The lower bound, the highest of the hull's least error and its other edges, prolonged; and the upper bound, on
+        The lower bound, the highest of the hull's least error and its other edges, extended; and the upper bound, on
         the hull. None outside of the nets' range.
     """
     best = hull(nets)

@@ -564,7 +564,7 @@ def test_runs_are_told_apart_without_colours():
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 6
 
 
-def test_the_contact_sheet_shows_the_cheapest_and_the_dearest():
+def test_the_contact_sheet_shows_the_cheapest_and_the_most_expensive():
     costs, labels = np.array([5, 1, 4, 2, 3, 9, 0, 7] * 3), np.repeat([0, 1], [20, 4])
     found = {"macs": costs, "executed": costs, "labels": labels, "classes": np.array(["a", "b"]), "right": costs > 0}
     pixels = torch.arange(24, dtype=torch.uint8).view(24, 1, 1, 1).expand(24, 8, 8, 3)

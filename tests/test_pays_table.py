@@ -49,7 +49,7 @@ def test_a_convex_curve_lies_between_its_bounds():
     assert pays_table.bounds(points, 9) is pays_table.bounds(points, 81) is None
     assert pays_table.bounds([], 9) is pays_table.bounds([(9, 1)], 10) is None
     assert pays_table.bounds([(10, 20), (30, 16)], 30 / 3**0.5) == (16, pytest.approx(18))  # a dearer net is no worse
-    # the line through 30 and 90, prolonged; of two nets of the same cost the better one counts
+    # the line through 30 and 90, extended; of two nets of the same cost the better one counts
     convex = [(10, 20), (30, 16), (30, 17), (90, 15)]
     assert pays_table.bounds(convex, 30 / 3**0.5) == (pytest.approx(16.5), pytest.approx(18))
 

@@ -114,7 +114,7 @@ def image_rows(found: Arrays, files: Sequence[str]) -> list[Sequence[Any]]:
 
 
 def extremes(found: Arrays, loader: Loader) -> Arrays:
-    """The arrays of the contact sheet: of some classes the cheapest and the dearest images, as many of each."""
+    """The arrays of the contact sheet: of some classes the cheapest and the most expensive images, as many of each."""
     classes = np.unique(np.linspace(0, len(found["classes"]) - 1, GALLERY_CLASSES).round().astype(int))
     order = np.argsort(found["macs"], kind="stable")  # equal ones in the order of the files
     members = [order[found["labels"][order] == k] for k in classes]
