@@ -260,9 +260,14 @@ def check_gate_mode(mode: str) -> str:
     return mode
 
 
+def is_one(threshold: float | Sequence[float]) -> bool:
+    """Whether it is one for all gates: a number, or an array or tensor of one."""
+    return isinstance(threshold, Real) or getattr(threshold, "ndim", 1) == 0
+
+
 def check_thresholds(threshold: float | Sequence[float], num_gates: int) -> list[float]:
     """The threshold of each gate, of one for all or one each. Raises ValueError unless they lie in (0, 1)."""
-    one = isinstance(threshold, Real) or getattr(threshold, "ndim", 1) == 0  # a number, or an array or tensor of one
+    one = is_one(threshold)
     thresholds = [float(threshold)] * num_gates if one else [float(each) for each in threshold]
     if len(thresholds) != num_gates or not all(0 < value < 1 for value in thresholds):
         raise ValueError(f"threshold {threshold}: must be a number in (0, 1), or one for each of {num_gates} gates")

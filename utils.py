@@ -17,7 +17,7 @@ from aig import distributed, environment, evaluation, networks, runs
 from aig.budget import find_thresholds, make_budget
 from aig.console import InputError, Parser, experiment_name, number, one_or_several, say, warn
 from aig.dashboard import Dashboard, add_visdom_flags
-from aig.data import Batching, Choice, Loaders, open_loaders, settle_split
+from aig.data import SPLIT_BY, Batching, Choice, Loaders, check_split_rule, open_loaders, tested_split
 from aig.engine import AMP, Recipe, fit, make_optimizer
 from aig.losses import Objective
 from aig.networks import Pretrained
@@ -87,7 +87,7 @@ def add_training_flags(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--lrfact", type=number(float, 0), default=1, help="learning-rate factor of the gates")
     training.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     training.add_argument("--weight-decay", "--wd", type=number(float, 0), help="of SGD")
-    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates; 1: no gates")
+    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates; at 1 there is none")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
     training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
     training.add_argument("--stochastic-depth", type=one_or_several(number(float, 0, below=1)), default=0,
@@ -181,8 +181,9 @@ def parse(
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
         args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
+        check_split_rule(own, args.resume)
         if args.test:
-            settle_split(args, own, given, args.resume)
+            args.split = tested_split(args.split, args.data or "", own, given, args.resume)
     check_flags(args, given)
     if not args.test:
         args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))
@@ -398,6 +399,8 @@ def describe_run(args: argparse.Namespace, loaders: Loaders, model: AdaptiveResN
     mean, std = loaders.normalisation
     derived = {"classes": loaders.val.classes, "mean": list(mean), "std": list(std), "stages": model.stages}
     derived |= {"lr_milestones": list(recipe.milestones), "block_rates": list(recipe.target_rates)}
+    if args.split:
+        derived["split_by"] = SPLIT_BY
     if recipe.distillation:
         derived["distill_weights"] = recipe.distillation.digest
     flags = {name: value for name, value in vars(args).items() if name not in PER_CALL}
@@ -419,7 +422,7 @@ def run(
     if checkpoint:
         rates = files.recorded(checkpoint).get("block_rates", model.target_rates)
         if [rate < 1 for rate in rates] != [rate < 1 for rate in model.target_rates]:
-            raise InputError(f"these target rates put gates at other blocks than {args.resume} has: leave them out")
+            raise InputError(f"these target rates put gates on other blocks than in {args.resume}: leave them out")
         files.load_weights(model, checkpoint["state_dict"], args.resume)
     elif pretrained:
         say(pretrained.load_into(model, loaders.val.classes))
@@ -439,7 +442,7 @@ def run(
 
 
 def result_key(args: argparse.Namespace, own: dict[str, Any]) -> str:
-    """The name of a result in test.json: the gate mode, and what is not its default or, the image size, not its own."""
+    """The name of a result in test.json: the gate mode, and each setting that is not the default or the training's."""
     thresholds = args.threshold if isinstance(args.threshold, list) else [args.threshold]
     usual = args.gate_mode != "argmax" or args.threshold == 0.5
     threshold = "" if usual else f"@{','.join(f'{value:g}' for value in thresholds)}"

@@ -113,7 +113,7 @@ def warn(text: str) -> None:
 
 def progress_bar(iterable: Iterable | None, description: str, total: int, unit: str, initial: int = 0) -> tqdm:
     """A bar on the terminal; silent if there is none, and in all processes but the main one."""
-    disable = None if distributed.world().is_main and sys.stderr else True
+    disable = None if distributed.world().is_main else True
     return tqdm(iterable, description, total, leave=False, disable=disable, unit=unit, initial=initial)
 
 
@@ -246,14 +246,23 @@ def run_command(main: Callable[[], None], name: str) -> NoReturn:
     warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # broken EXIF data, which nothing here reads
     warnings.filterwarnings("ignore", message="This DataLoader will create")  # --workers is the user's to choose
     warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels, where it means nothing
+    open_streams()
     with distributed.joined() as failures:
         if not distributed.world().is_main:
             sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - open until the process ends
-        if hasattr(sys.stdout, "reconfigure"):  # else it was closed, or is a notebook's
+        if hasattr(sys.stdout, "reconfigure"):  # else it is a notebook's
             sys.stdout.reconfigure(errors=ESCAPED)
         if status := outcome(main, name, failures):
             sys.exit(status)
     sys.exit(0)
+
+
+def open_streams() -> None:
+    """Opens the standard streams that are closed, to lead nowhere: else the next file would get what is printed."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free: its own, if nothing has taken that
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 def outcome(main: Callable[[], None], name: str, failures: distributed.Failures) -> int:
@@ -261,8 +270,7 @@ def outcome(main: Callable[[], None], name: str, failures: distributed.Failures)
     log.clear()
     try:
         main()
-        if sys.stdout:  # else it was closed
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 0
     except InputError as error:
         line, status = f"{name}: error: {' '.join(str(error).split())}", 2
@@ -285,6 +293,6 @@ def outcome(main: Callable[[], None], name: str, failures: distributed.Failures)
     # Training stops in every process or in the main one, so the main one reports.
     # An input error may hit one process only, so the first to fail reports.
     first = failures.first()
-    if sys.stderr and (first if status == 2 else distributed.world().is_main):
+    if first if status == 2 else distributed.world().is_main:
         print(line, file=sys.stderr)
     return status

@@ -7,7 +7,6 @@ A further data set is an entry in `DATASETS`.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -35,6 +34,7 @@ from aig.runtime import available_cores
 Statistics = tuple[Sequence[float], Sequence[float]]  # mean and std per channel, in units of [0, 1]
 PHOTOGRAPHS = "photographs"  # a folder laid out like ImageNet, beside the names in DATASETS
 AUGMENTATIONS = ("crop", "crop+flip")
+SPLIT_BY = "names"  # how --split chooses; recorded by trainings, because another version may do it in another way
 CALIBRATION = 2000  # training images to choose thresholds on
 IMAGENET_STATISTICS = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
@@ -185,26 +185,37 @@ def open_split(root: Path, train: bool, tests: Sequence[str], split: float | Non
     return found
 
 
-def settle_split(flags: argparse.Namespace, own: dict[str, Any], given: Container[str], source: str) -> None:
-    """Makes the `split` of a test that of the training: none for images that are split already.
+def tested_split(
+    asked: float | None, data: str, own: dict[str, Any], given: Container[str], source: str
+) -> float | None:
+    """The `split` of a test: that of the training, none for other images that are split already, or that asked for.
 
     Args:
-        flags: with `data` and `split`, of which `split` may be replaced.
+        asked: the split that was given, else that of the training.
+        data: the folder of the images.
         own: the flags that `source`, a checkpoint, records.
-        given: names of the flags that were given, not recorded.
+        given: names of the flags that were given.
 
     Raises:
-        InputError: if another split was asked for, of the images that the network was trained on.
+        InputError: if some of these test images were trained on.
     """
-    if own.get("split") is None or not flags.data:
-        return
-    root = Path(flags.data)
-    if "split" not in given:
-        if any((root / name).is_dir() for name in ("train", "test", "val")):
-            flags.split = None
-    elif flags.split != own["split"] and root.resolve() == Path(str(own.get("data"))).resolve():
-        raise InputError(f"--split {flags.split:g}: {source} was trained with --split {own['split']}, so some of these "
-                         "test images were trained on: leave it out")
+    if own.get("split") is None:
+        return asked
+    root = Path(data)
+    if root.resolve() != Path(str(own.get("data"))).resolve():
+        already = any((root / name).is_dir() for name in ("train", "test", "val"))
+        return None if already and "split" not in given else asked
+    if asked > own["split"]:
+        raise InputError(f"--split {asked:g}: {source} was trained with --split {own['split']}, so some of these test "
+                         "images were trained on: leave it out")
+    return asked
+
+
+def check_split_rule(own: dict[str, Any], source: str) -> None:
+    """Raises InputError if the images of a training were split by an earlier version, in another way."""
+    if own.get("split") is not None and own.get("split_by") != SPLIT_BY:
+        raise InputError(f"{source} was trained with the --split of an earlier version, which held out other images: "
+                         "train it anew")
 
 
 def open_image_folder(folder: Path) -> Any:

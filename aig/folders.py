@@ -29,7 +29,7 @@ from aig.inference import Macs, count_macs
 from aig.networks import architecture, budgets_of, digest, fetched, results_of
 from aig.runs import ARGS, atomic_write, make_folder, read_json, write_json
 from aig.runtime import PROGRAM
-from convnet_aig import AdaptiveResNet, check_thresholds
+from convnet_aig import AdaptiveResNet, check_thresholds, is_one
 
 CARD = "README.md"
 PATHS = ("data", "pretrained", "distill", "save")  # flags that name a place on somebody's machine
@@ -104,7 +104,7 @@ def describe(model: AdaptiveResNet, file: Path | None, checkpoint: dict[str, Any
         "mean": list(how.mean),
         "std": list(how.std),
         "photographs": how.photographs,
-        "threshold": model.threshold if isinstance(model.threshold, (int, float)) else thresholds,
+        "threshold": float(model.threshold) if is_one(model.threshold) else thresholds,
         "budgets": budgets_of(file, checkpoint) if file else {},
         "training": training or own.get("training", {}),
         "licence": licence or own.get("licence", ""),

@@ -37,6 +37,7 @@ from convnet_aig import (
     check_thresholds,
     conv_macs,
     draw_noise,
+    is_one,
     log_odds,
 )
 
@@ -228,8 +229,8 @@ class Accelerated(nn.Module):
             noise = draw_noise(self.num_gates, len(x), x) if noise is None else noise
             return (noise[..., 1] - noise[..., 0]).to(device)
         thresholds = check_thresholds(self.threshold, self.num_gates)
-        if isinstance(self.threshold, (int, float)):  # one number: nothing to copy
-            return torch.full((self.num_gates, len(x)), -log_odds(self.threshold), dtype=x.dtype, device=device)
+        if is_one(self.threshold):  # nothing to copy
+            return torch.full((self.num_gates, len(x)), -log_odds(float(self.threshold)), dtype=x.dtype, device=device)
         offsets = [-log_odds(threshold) for threshold in thresholds]
         pinned = torch.tensor(offsets, dtype=x.dtype, pin_memory=device.type == "cuda")  # no wait for the copy
         return pinned.to(device, non_blocking=pinned.is_pinned())[:, None].expand(-1, len(x))

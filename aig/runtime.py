@@ -129,7 +129,7 @@ class Session:
         path: the file, or its bytes.
         engine: "onnxruntime" or "openvino".
         streams: how many images of a batch run at the same time, one thread each, if the file is for single images.
-            A single image, or a batch if the file takes any, uses as many threads. None: the number of cores.
+            A single image, or a batch if the file takes batches, uses this many threads. None: the number of cores.
 
     Attributes:
         classes: the names of the K classes.

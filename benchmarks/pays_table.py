@@ -59,8 +59,14 @@ def line(left: Point, right: Point, macs: float) -> float:
     return left[1] + (right[1] - left[1]) * log(macs / left[0]) / log(right[0] / left[0])
 
 
+def between(nets: Iterable[Point], macs: float) -> float | None:
+    """The error at a cost, on the line through the nets on either side of it; None outside of their range."""
+    neighbours = (pair for pair in pairwise(sorted(nets)) if pair[0][0] <= macs <= pair[1][0])
+    return next((line(*pair, macs) for pair in neighbours), None)
+
+
 def hull(nets: Iterable[Point]) -> list[Point]:
-    """The nets on the lower convex hull, as far as it falls: for each of the others there is a better choice."""
+    """The nets on the lower convex hull, over the logarithm of the cost, as far as it falls."""
     kept: list[Point] = []
     for net in sorted(nets):
         if kept and net[1] >= kept[-1][1]:
@@ -72,7 +78,7 @@ def hull(nets: Iterable[Point]) -> list[Point]:
 
 
 def bounds(nets: Sequence[Point], macs: float) -> tuple[float, float] | None:
-    """Between which errors a falling convex curve through the hull of these nets lies at a cost.
+    """The lower and the upper bound, at a cost, of a falling convex curve through the hull of these nets.
 
     Returns:
         The lower bound, the highest of the hull's least error and its other edges, extended; and the upper bound, on
@@ -109,23 +115,28 @@ class Comparison:
     mode: str
     others: str
     needed: Sequence[str]  # the arms of the others
+    their_mode: str
     errors: Callable[[Sequence[int]], Iterator[Errors | None]]  # for each seed
 
     def row(self, found: dict[str, Tested]) -> str:
         """A line of the table: the seeds for which the same nets are done, and a verdict once all are."""
-        missing = sum(seed not in found[arm] for arm in (self.arm, *self.needed) for seed in SEEDS)
-        done = {seed: [arm for arm in self.needed if seed in found[arm]] for seed in found[self.arm]}
-        most = max(done.values(), key=len, default=[])
-        seeds = [seed for seed in done if done[seed] == most]
+        modes = {self.arm: self.mode, **dict.fromkeys(self.needed, self.their_mode)}
+        missing = sum(seed not in found[arm] for arm in modes for seed in SEEDS)
+        done = {seed: [arm for arm in modes if point(found[arm], seed, modes[arm])] for seed in SEEDS}
+        most = max((arms for arms in done.values() if self.arm in arms), key=len, default=None)
+        seeds = [seed for seed in SEEDS if done[seed] == most]
         each = {seed: errors for seed, errors in zip(seeds, self.errors(seeds), strict=True) if errors} if seeds else {}
-        cells = [self.arm, self.at, varying(found[self.arm], self.mode), self.others]
-        word = f"not yet: {missing} trainings to come" if missing else "none: outside of their range"
+        complete = all(len(arms) == len(modes) for arms in done.values())
+        word = "outside of their range" if complete else "not tested at this cost"
+        word = f"not yet: {missing} trainings to come" if missing else f"none: {word}"
+        gates = varying({seed: found[self.arm][seed] for seed in each or found[self.arm]}, self.mode)
+        cells = [self.arm, self.at, gates, self.others]
         if not each:
             return f"| {' | '.join([*cells, '', '', '', word])} |"
         ours, lower, upper = map(fmean, zip(*each.values(), strict=True))
         by_seed = ", ".join(f"seed {seed}: {own - theirs:+.2f}" for seed, (own, _, theirs) in each.items())
         span = " to ".join(dict.fromkeys((f"{lower:.2f}", f"{upper:.2f}")))
-        if not missing and len(each) == len(SEEDS):
+        if complete and len(each) == len(SEEDS):
             word = verdict(ours, lower, upper)
         return f"| {' | '.join([*cells, f'{ours:.2f}', span, f'{ours - upper:+.2f} ({by_seed})', word])} |"
 
@@ -141,12 +152,12 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
             yield theirs and (ours[1], *theirs)
 
     def at_cost_of(arm: str, mode: str, seeds: Sequence[int]) -> Iterator[Errors | None]:
-        """`floor` at the cost of another net: on the line through its budgets, which does not favour it."""
+        """`floor` at the cost of another net."""
         for seed in seeds:
             curve = [net for key in CALIBRATED.values() if (net := point(found["floor"], seed, key))]
             theirs = point(found[arm], seed, mode)
-            ours = theirs and bounds(curve, theirs[0])
-            yield ours and (ours[1], theirs[1], theirs[1])
+            ours = theirs and between(curve, theirs[0])
+            yield ours and (ours, theirs[1], theirs[1])
 
     static = [arm + kind for arm in STATIC for kind in ("", TAUGHT)]
     same = [*MAJORITY.values(), "majority-floor"]
@@ -159,9 +170,9 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
     for name, needed, gated, nets in rivals:
         for arm, budget in gated:
             mode = CALIBRATED[budget]
-            yield Comparison(arm, f"{budget}", mode, name, needed, partial(at_budget, nets, arm, mode))
+            yield Comparison(arm, f"{budget}", mode, name, needed, DENSE, partial(at_budget, nets, arm, mode))
     for arm, mode in (("majority-floor", DENSE), ("random", "sample")):
-        yield Comparison("floor", "its cost", CALIBRATED[0.6], f"`{arm}`", [arm], partial(at_cost_of, arm, mode))
+        yield Comparison("floor", "its cost", CALIBRATED[0.6], f"`{arm}`", [arm], mode, partial(at_cost_of, arm, mode))
 
 
 def table(folder: Path) -> Iterator[str]:

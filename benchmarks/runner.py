@@ -60,23 +60,24 @@ def carry_out(
     if not (kept / TEST).exists():
         prepare(name)
         call("train.log", *training(name, flags, data))
-    failed = []
-    for line in missing.values():
-        try:
-            call("test.log", *line)
-        except InputError as error:  # such as a budget out of reach: what else was tested is kept
-            failed.append(error)
+    pending = list(missing.values())
     untested = "--val-size" in flags and not (kept / BEST_TEST).exists()
     if untested:
         best.mkdir(exist_ok=True)
         shutil.copyfile(folder / BEST, best / BEST)
-        call("test.log", "train.py", "--test", "--resume", f"runs/{name}/best/{BEST}")
+        pending.append(["train.py", "--test", "--resume", f"runs/{name}/best/{BEST}"])
+    failed = []
+    for line in pending:
+        try:
+            call("test.log", *line)
+        except InputError as error:  # such as a budget out of reach: what else was tested is kept
+            failed.append(error)
     if missing or untested:
         kept.mkdir(parents=True, exist_ok=True)
         for file in (ARGS, METRICS, "train.log", "test.log", TEST):
             if (folder / file).exists():
                 shutil.copyfile(folder / file, kept / file)
-        if best.exists():
+        if (best / TEST).exists():
             shutil.copyfile(best / TEST, kept / BEST_TEST)
     if failed:
         raise failed[0]
@@ -125,6 +126,11 @@ def follow(
                     done.result()
                 except InputError as error:
                     failed.append(str(error))
+                    if total > 1:
+                        bar.write(f"error: {error}", sys.stderr)  # now, as others may take days
+                except BaseException:  # such as Ctrl-C: nothing more is to begin
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
                 bar.update()
     if failed:
-        raise InputError("; ".join(failed))
+        raise InputError("; ".join(dict.fromkeys(failed)))

@@ -95,9 +95,10 @@ def test_what_was_there_is_restored_and_no_images_are_an_error(model, loader):
     block.gate_logits = lambda x: wrapper(x)
     mine = block.gate_logits
     model.train()
+    model.bn1.eval()  # frozen
     try:
         aig.calibrate(model, loader, 0.7)
-        assert model.training
+        assert [model.training, model.bn1.training, model.layer1[0].bn1.training] == [True, False, True]
         assert block.gate_logits is mine
     finally:
         del block.gate_logits

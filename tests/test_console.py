@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from aig import console
 from aig.console import InputError, Interrupted, Parser, Signals, TrainingError, number
+
+ROOT = Path(__file__).parent.parent
 
 # ---------------------------------------------------------------------------------------------- flags
 
@@ -182,6 +185,7 @@ from aig import console
 def main():
     for _ in console.progress_bar(range(2), "counting", 2, "number"):
         console.say("hello")
+    console.warn("careful")
     if {fails}:
         raise console.InputError("no such folder")
 console.run_command(main, "script")
@@ -189,16 +193,16 @@ console.run_command(main, "script")
 
 
 @pytest.mark.parametrize(("closed", "fails", "expected"), [
-    (">&-", False, (0, "", "")),
+    (">&-", False, (0, "", "careful\n")),
     ("2>&-", False, (0, "hello\nhello\n", "")),
-    (">&- 2>&-", False, (0, "", "")),
-    (">&-", True, (2, "", "script: error: no such folder\n")),
+    ("<&- >&- 2>&-", False, (0, "", "")),
+    (">&-", True, (2, "", "careful\nscript: error: no such folder\n")),
     ("2>&-", True, (2, "hello\nhello\n", "")),
 ])
 def test_a_command_runs_with_its_streams_closed(closed, fails, expected):
     """As some daemons start it."""
     words = shlex.join([sys.executable, "-c", STREAMS.format(fails=fails)])
-    done = subprocess.run(f"{words} {closed}", shell=True, capture_output=True, text=True)
+    done = subprocess.run(f"{words} {closed}", shell=True, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == expected
 
 
@@ -207,7 +211,7 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_word():
     read, write = os.pipe()
     os.close(read)
     words = [sys.executable, "-c", STREAMS.format(fails=False)]
-    done = subprocess.run(words, stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(words, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (done.returncode, done.stderr) == (1, "")
 

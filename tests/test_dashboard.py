@@ -442,6 +442,7 @@ def test_a_broken_server_costs_one_warning_and_two_seconds_an_epoch(kind, tmp_pa
         threading.Thread(target=answer_slowly, args=(listener, OK, 0.2), daemon=True).start()
     if kind == "refuses":
         listener.close()
+    assert dashboard.TIMEOUT < 2
     monkeypatch.setattr(dashboard, "TIMEOUT", 0.3)
     board = dashboard.Dashboard(tmp_path, "a..b" if kind == "has an impossible name" else "127.0.0.1", port)
     for _ in range(3):

@@ -1,6 +1,5 @@
 """The batched augmentation is torchvision's, and batches are a function of (seed, epoch, step)."""
 
-import argparse
 import os
 import pickle
 import shutil
@@ -338,16 +337,19 @@ def test_an_image_that_is_added_moves_at_most_one_other(tmp_path):
 
 def test_a_test_keeps_to_the_split_of_the_training_or_to_that_of_other_images(image_folder, tmp_path):
     own, other = {"split": 0.25, "data": str(tmp_path / "mine")}, image_folder(tmp_path / "other", train=1, test=1)
-    for given, asked, root, kept in (
-        ({}, 0.25, own["data"], 0.25), ({}, 0.25, other, None), ({"split"}, 0.25, own["data"], 0.25),
-        ({"split"}, 0.5, tmp_path / "more", 0.5),
+    (tmp_path / "mine" / "test").mkdir(parents=True)  # a class of this name
+    for given, asked, root, split in (
+        ((), 0.25, own["data"], 0.25),
+        ((), 0.25, other, None),
+        ("split", 0.25, own["data"], 0.25),
+        ("split", 0.125, own["data"], 0.125),  # fewer of those that were held out
+        ("split", 0.5, tmp_path / "more", 0.5),
+        ("split", 0.5, other, 0.5),
     ):
-        flags = argparse.Namespace(split=asked, data=str(root))
-        data.settle_split(flags, own, given, "FILE")
-        assert flags.split == kept
-    flags = argparse.Namespace(split=0.5, data=own["data"])
+        assert data.tested_split(asked, str(root), own, given, "FILE") == split
+    assert data.tested_split(None, "data", {}, (), "FILE") is None
     with pytest.raises(InputError, match=r"--split 0.5: FILE was trained with --split 0.25, so some of these test"):
-        data.settle_split(flags, own, {"split"}, "FILE")
+        data.tested_split(0.5, own["data"], own, ("split",), "FILE")
 
 
 @pytest.mark.parametrize(("part", "held_out"), [(0.001, 1), (0.999, 9), (0.5, 5)])

@@ -48,7 +48,7 @@ def test_a_convex_curve_lies_between_its_bounds():
     assert pays_table.bounds(points, 20) == (5, 5)
     assert pays_table.bounds(points, 9) is pays_table.bounds(points, 81) is None
     assert pays_table.bounds([], 9) is pays_table.bounds([(9, 1)], 10) is None
-    assert pays_table.bounds([(10, 20), (30, 16)], 30 / 3**0.5) == (16, pytest.approx(18))  # a dearer net is no worse
+    assert pays_table.bounds([(10, 20), (30, 16)], 30 / 3**0.5) == (16, pytest.approx(18))  # a larger net is no worse
     # the line through 30 and 90, extended; of two nets of the same cost the better one counts
     convex = [(10, 20), (30, 16), (30, 17), (90, 15)]
     assert pays_table.bounds(convex, 30 / 3**0.5) == (pytest.approx(16.5), pytest.approx(18))
@@ -112,6 +112,20 @@ def test_no_verdict_before_all_is_there(tmp_path, keep):
     assert rows(tmp_path, "budget0.45")[0][3:6] == ["", "", ""]
 
 
+def test_no_verdict_while_a_test_is_missing(tmp_path, keep, static):
+    keep("budget0.75", **{"argmax@budget=0.75": (30, 10)})
+    assert rows(tmp_path, "budget0.75")[0][-1] == "pays"
+    (tmp_path / "pays-resnet14-s2" / "test.json").write_text('{"sample": {"macs_mean": 3e7, "top1": 85}}')
+    assert rows(tmp_path, "budget0.75")[0][4:] == ["15.00", "-5.00 (seed 1: -5.00)", "none: not tested at this cost"]
+
+
+def test_between_its_budgets_a_net_is_on_the_line_of_the_neighbours():
+    nets = [(10, 20), (20, 19), (40, 14)]
+    assert pays_table.between(nets, 20) == 19  # though it is above the hull, which would favour the net
+    assert pays_table.between(nets, 20 * 2**0.5) == pytest.approx(16.5)
+    assert pays_table.between(nets, 41) is pays_table.between(nets, 9) is None
+
+
 def test_seeds_are_averaged_where_the_same_nets_are_done(tmp_path, keep):
     """Or else seeds would be held against different rivals."""
     keep("resnet8", argmax=(10, 20))
@@ -161,7 +175,7 @@ def test_the_same_blocks_of_each_seed_are_compared_at_their_own_cost(tmp_path, k
 
 
 def test_adaptivity_is_judged_at_the_cost_of_the_fixed_gates(tmp_path, keep):
-    """A net that errs less because it runs more is not adaptive for that."""
+    """A net with a lower error because it runs more is not adaptive for that."""
     tests = {"argmax": (30, 14.4), "argmax@budget=0.6": (10, 16), "argmax@budget=0.75": (30, 14)}
     keep("floor", gates=[0.3], **tests)
     keep("majority-floor", argmax=(30 / 3**0.5, 14.4))  # where floor has 15
@@ -179,7 +193,7 @@ def test_the_nets_with_target_rates_or_a_floor_are_compared_with_static_ones_too
         keep(arm, gates=[0.5], **{f"argmax@budget={budget}": (30, error) for budget in (0.75, 0.6, 0.5)})
     verdicts = {arm: [row[0] + " " + row[-1] for row in rows(tmp_path, arm)] for arm in ("floor", "rates", "scratch")}
     for arm, word in (("floor", "undecided"), ("rates", "loses"), ("scratch", "pays")):
-        assert verdicts[arm][:3] == [f"0.75 {word}", f"0.6 {word}", "0.45 none: outside of their range"]
+        assert verdicts[arm][:3] == [f"0.75 {word}", f"0.6 {word}", "0.45 none: not tested at this cost"]
 
 
 def test_the_table_lists_every_mode_and_seed(tmp_path, keep, run):

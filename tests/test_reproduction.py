@@ -77,6 +77,20 @@ def test_what_fails_stops_no_other_training_and_is_said_at_the_end(monkeypatch):
     assert done == ["a", "b"]
 
 
+def test_ctrl_c_begins_no_further_training(monkeypatch):
+    done = []
+
+    def carry_out(name, *rest):
+        done.append(name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "carry_out", carry_out)
+    args = runner.make_parser("").parse_args(["--data", "DIR", "--jobs", "1"])
+    with pytest.raises(KeyboardInterrupt):
+        runner.follow([[(name, "") for name in "abcdefgh"]], reproduction.tests, args)
+    assert len(done) < 8
+
+
 def test_a_test_that_fails_does_not_lose_the_others(tmp_path, monkeypatch):
     """A budget may be out of reach."""
 

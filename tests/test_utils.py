@@ -542,6 +542,13 @@ def test_a_split_belongs_to_its_images(run, image_folder, tmp_path):
     for main, rest in ((train.main, test), (analyze, [*test[1:], "--out", tmp_path / "figures"])):
         status, _, err = run(main, *rest, "--split", 0.5)
         assert (status, "was trained with --split 0.25, so some of these test images" in err) == (2, True)
+    checkpoint = torch.load(tmp_path / "run" / CHECKPOINT)
+    del checkpoint["args"]["split_by"]
+    torch.save(checkpoint, tmp_path / "run" / CHECKPOINT)
+    resume = ["--resume", tmp_path / "run" / CHECKPOINT, "--device", "cpu"]
+    for main, rest in ((train.main, ["--test"]), (train.main, []), (analyze, ["--out", tmp_path / "figures"])):
+        status, _, err = run(main, *resume, *rest)
+        assert (status, "was trained with the --split of an earlier version" in err) == (2, True)
 
 
 # ---------------------------------------------------------------------------------------------- help
