@@ -7,11 +7,12 @@
 This file is the protocol, committed before its first training; results/pays.md says what was amended since.
 
 CIFAR-10 as JPEG at quality 75: 45,000 images to train on, 5,000 held out; thresholds are chosen on 2,000 of those. The
-last epoch counts, and is tested once. Every arm but the teacher has 90 epochs in all, two seeds, Nesterov's momentum,
-the same weight decay and batches. The recipe for gates and the learning rate of what starts from the teacher are the
-pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The 0.1 of nets from scratch was not tuned. The
-teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more, and so two cosine schedules where a net from
-scratch has one of 90 epochs. A smaller net with a teacher has it for 90 epochs, a gated net for 30.
+last epoch counts. The test images choose nothing but what results/pays.md lists. Every arm but the teacher has 90
+epochs in all, two seeds, Nesterov's momentum, the same weight decay and batches. The recipe for gates and the learning
+rate of what starts from the teacher are the pilot's (results/pilot.md): a budget without a floor, a teacher, 0.05. The
+0.1 of nets from scratch was not tuned. The teacher is a plain ResNet-20 of 60 epochs; what starts from it has 30 more,
+and so two cosine schedules where a net from scratch has one of 90 epochs. A smaller net with a teacher has it for 90
+epochs, a gated net for 30.
 
     teacher, control            the dense net, and 30 epochs more of it
     budget 0.75, 0.6, 0.45      gated from the teacher, which also teaches
@@ -31,17 +32,19 @@ scratch has one of 90 epochs. A smaller net with a teacher has it for 90 epochs,
 `budget` nets have their own budget, `floor`, `rates` and `scratch` all three. The static nets are resnet8, resnet14 and
 control, each without or with a teacher, whichever has the lower test error (the mean of the seeds), which favours them.
 Their error at the gated net's cost follows, seed by seed, from the lower convex hull of their points, over the
-logarithm of the multiply-accumulates; beyond its lowest point it stays the same, because the cheaper net can be taken.
-If their curve falls and is convex, it lies between two numbers: the upper one is on the hull; the lower one is the
-highest of the hull's least error and its other edges, extended. A net *pays* if its test error, the mean of the seeds,
-is more than 0.5 points below the lower number, *loses* if more than 0.5 above the upper, and is *undecided* between;
-the margin was chosen beforehand. By the same rule the `budget` nets, and `floor` at 0.6, are compared with nets that
-always run the same blocks, the four `majority`. A net that pays, but not against those, is a smaller static net, found
-by training, and no case for adaptivity.
+logarithm of the multiply-accumulates; between the hull's lowest point and the largest net it stays the same, because
+the cheaper net can be taken. If their curve falls and is convex, it lies between two numbers: the upper one is on the
+hull; the lower one is the highest of the hull's least error and its other edges, extended. A net *pays* if its test
+error, the mean of the seeds, is more than 0.5 points below the lower number, *loses* if more than 0.5 above the upper,
+and is *undecided* between; the margin was chosen beforehand. Outside the costs of the other nets there is no verdict.
+By the same rule the `budget` nets, and `floor` at 0.6, are compared with nets that always run the same blocks, the four
+`majority`. A net that pays, but not against those, is a smaller static net, found by training, and no case for
+adaptivity.
 
-**Adaptivity** counts by the same margin: the error of `floor`, on the line through its budgets, at the cost of
-`majority-floor` and of `random`. Of the two only `majority-floor` decides: `random` also loses what `floor`'s gates
-know of each other. What each image's own graph is worth on the same weights, benchmarks.shuffled says.
+**Adaptivity** counts by the same margin: the error of `floor`, on the line between the neighbours among its budgets, at
+the cost of `majority-floor` and of `random`. Of the two only `majority-floor` decides: `random` also loses the
+dependence between `floor`'s gates. benchmarks.shuffled measures what each image's own graph is worth on the same
+weights.
 """
 
 from __future__ import annotations
