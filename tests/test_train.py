@@ -483,8 +483,8 @@ def test_a_checkpoint_of_another_depth_or_data_is_refused(run, copied, contents)
         (["--depth", 14], "--depth 8"),
         (["--expname", "other"], "its own folder"),
         (["--save", "elsewhere"], "its own folder"),
-        (["--target", 1], "other blocks have gates"),
-        (["--target", 1, "--test"], "other blocks have gates"),
+        (["--target", 1], "put gates on other blocks"),
+        (["--target", 1, "--test"], "put gates on other blocks"),
     ):
         status, _, err = run(train.main, "--resume", copied / "checkpoint.pth.tar", "--device", "cpu", *flags)
         assert (status, len(err.splitlines())) == (2, 1)
