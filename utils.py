@@ -87,7 +87,8 @@ def add_training_flags(training: argparse._ArgumentGroup) -> None:
     training.add_argument("--lrfact", type=number(float, 0), default=1, help="learning-rate factor of the gates")
     training.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     training.add_argument("--weight-decay", "--wd", type=number(float, 0), help="of SGD")
-    training.add_argument("--target", type=number(float, 0, 1), help="target rate t of the gates; at 1 there is none")
+    training.add_argument("--target", type=number(float, 0, 1),
+                          help="target rate t of the gates; a block at rate 1 has no gate")
     training.add_argument("--lossfact", type=number(float, 0), help="weight of the target-rate loss")
     training.add_argument("--temperature", type=above0, default=1, help="of the gates' Gumbel-softmax")
     training.add_argument("--stochastic-depth", type=one_or_several(number(float, 0, below=1)), default=0,
@@ -181,9 +182,10 @@ def parse(
     if own := files.recorded(checkpoint):
         inherited = inherit(parser, own, given, architecture, args.resume)
         args = argparse.Namespace(**{**vars(parser.parse_args([])), **inherited, **given})
-        check_split_rule(own, args.resume)
         if args.test:
             args.split = tested_split(args.split, args.data or "", own, given, args.resume)
+        else:
+            check_split_rule(own, args.resume)
     check_flags(args, given)
     if not args.test:
         args.start_epoch = given.get("start_epoch", checkpoint.get("epoch"))

@@ -205,6 +205,7 @@ def tested_split(
     if root.resolve() != Path(str(own.get("data"))).resolve():
         already = any((root / name).is_dir() for name in ("train", "test", "val"))
         return None if already and "split" not in given else asked
+    check_split_rule(own, source)
     if asked > own["split"]:
         raise InputError(f"--split {asked:g}: {source} was trained with --split {own['split']}, so some of these test "
                          "images were trained on: leave it out")

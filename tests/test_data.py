@@ -336,7 +336,8 @@ def test_an_image_that_is_added_moves_at_most_one_other(tmp_path):
 
 
 def test_a_test_keeps_to_the_split_of_the_training_or_to_that_of_other_images(image_folder, tmp_path):
-    own, other = {"split": 0.25, "data": str(tmp_path / "mine")}, image_folder(tmp_path / "other", train=1, test=1)
+    own = {"split": 0.25, "split_by": "names", "data": str(tmp_path / "mine")}
+    other = image_folder(tmp_path / "other", train=1, test=1)
     (tmp_path / "mine" / "test").mkdir(parents=True)  # a class of this name
     for given, asked, root, split in (
         ((), 0.25, own["data"], 0.25),

@@ -546,6 +546,9 @@ def test_a_split_belongs_to_its_images(run, image_folder, tmp_path):
     del checkpoint["args"]["split_by"]
     torch.save(checkpoint, tmp_path / "run" / CHECKPOINT)
     resume = ["--resume", tmp_path / "run" / CHECKPOINT, "--device", "cpu"]
+    assert run(train.main, "--test", *resume, "--data", tmp_path / "other")[0] == 0
+    image = tmp_path / "all" / "ant" / "0.png"
+    assert run(analyze, *resume, "--image", image)[0] == 0
     for main, rest in ((train.main, ["--test"]), (train.main, []), (analyze, ["--out", tmp_path / "figures"])):
         status, _, err = run(main, *resume, *rest)
         assert (status, "was trained with the --split of an earlier version" in err) == (2, True)

@@ -22,7 +22,7 @@ from aig import distributed, runs
 from aig.analysis import figures, parts
 from aig.analysis.subjects import open_model, open_subject, with_others
 from aig.console import ESCAPED, InputError, Parser, number, one_or_several, run_command, say
-from aig.data import DATASETS, check_classes, check_split_rule, default_workers, tested_split
+from aig.data import DATASETS, check_classes, default_workers, tested_split
 from convnet_aig import RUNS_EVERYTHING
 
 SUMMARY = "summary.json"
@@ -94,8 +94,9 @@ def flags_for(run: str, parser: Parser, argv: Sequence[str] | None) -> argparse.
     inherited = parser.as_typed({name: own.get(name) for name in RECORDED if name not in given}, path)
     epoch = following - 1 if isinstance(following, int) else None
     flags = argparse.Namespace(**{**vars(args), **inherited}, path=path, recorded=own, epoch=epoch)
-    check_split_rule(own, path)
-    flags.split = tested_split(flags.split, flags.data, own, given, path)
+    if not args.image:  # which needs no test images
+        recorded = {**own, **parser.as_typed({"split": own.get("split")}, path)}
+        flags.split = tested_split(flags.split, flags.data, recorded, given, path)
     return flags
 
 
