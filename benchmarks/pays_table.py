@@ -128,7 +128,7 @@ class Comparison:
         each = {seed: errors for seed, errors in zip(seeds, self.errors(seeds), strict=True) if errors} if seeds else {}
         complete = all(len(arms) == len(modes) for arms in done.values())
         word = "outside of their range" if complete else "not tested at this cost"
-        word = f"not yet: {missing} trainings to come" if missing else f"none: {word}"
+        word = f"not yet: {missing} training{'s' * (missing > 1)} to come" if missing else f"none: {word}"
         gates = varying({seed: found[self.arm][seed] for seed in each or found[self.arm]}, self.mode)
         cells = [self.arm, self.at, gates, self.others]
         if not each:
