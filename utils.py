@@ -603,37 +603,51 @@ def make_state(
     state = State(model, make_optimizer(model, recipe), scaler, len(train), world, args.start_epoch)
     if checkpoint:
         restore(state, checkpoint, args.resume)
-        if not files.recorded(checkpoint):  # the best of another program's folder is none of this run's
+    if checkpoint and not files.recorded(checkpoint):
+        state.best = -1.0  # the best of another program's folder is none of this run's
+    elif checkpoint:
+        why = why_best_is_void(args, checkpoint, model)
+        if state.best >= 0 and why:
             state.best = -1.0
-    if own := files.recorded(checkpoint):
-        if any(own.get(name) != vars(args).get(name) for name in ("val_size", "split")):
-            state.best = -1.0
-            say("the validation set has changed: the best model is chosen anew, and earlier epochs saw these images")
-        elif any(own.get(name) != vars(args).get(name) for name in ("dataset", "image_size")):
-            state.best = -1.0
-            say("the validation images have changed: the best model is chosen anew")
-        modes = (own.get("gate_mode"), args.gate_mode)
-        gating = GATING if "argmax" in modes else GATING[:-1]
-        changed = [name for name in gating if name in own and own[name] != vars(args).get(name)]
-        if changed and model.num_gates:
-            state.best = -1.0
-            say(f"--{changed[0].replace('_', '-')} has changed: the best model is chosen anew")
-        file = Path(args.resume)
-        is_best = checkpoint.get("is_best") and file.name == runs.CHECKPOINT  # then `Run.tidy` makes a copy of it
-        if state.best >= 0 and not is_best and not file.with_name(runs.BEST).exists():
-            state.best = -1.0
-            say(f"there is no {runs.BEST} beside {file}: the best model is chosen anew")
-        changed = [name for name in IMAGES if own.get(name) != vars(args).get(name)]
-        if checkpoint.get("step") and changed:
-            flag = changed[0].replace("_", "-")
-            raise InputError(
-                f"--{flag}: {args.resume} stopped in the middle of epoch {checkpoint['epoch']}, which goes on "
-                f"only with what it began with; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
-            )
+            say(f"{why}: the best model is chosen anew")
+        check_mid_epoch(args, checkpoint)
         enter_epoch(state, checkpoint, train, recipe.objective(device, world), args.resume)
     if [state.epoch, state.step] != [-highest for highest in world.all_max(-state.epoch, -state.step)]:
         raise InputError(f"not all processes see the same {args.resume}: put it where all can read it")
     return state
+
+
+def changed(args: argparse.Namespace, checkpoint: dict, names: Sequence[str]) -> list[str]:
+    """Which of these flags, as they are typed, differ from those of the checkpoint."""
+    own = files.recorded(checkpoint)
+    return [f"--{name.replace('_', '-')}" for name in names if own.get(name) != vars(args).get(name)]
+
+
+def why_best_is_void(args: argparse.Namespace, checkpoint: dict, model: AdaptiveResNet) -> str:
+    """Why the best accuracy so far cannot be compared with those to come; "" if it can."""
+    own, file = files.recorded(checkpoint), Path(args.resume)
+    if changed(args, checkpoint, ("val_size", "split")):
+        return "the validation set has changed, and earlier epochs saw its images"
+    if changed(args, checkpoint, ("dataset", "image_size")):
+        return "the validation images have changed"
+    gating = GATING if "argmax" in (own.get("gate_mode"), args.gate_mode) else GATING[:-1]
+    flags = changed(args, checkpoint, [name for name in gating if name in own])
+    if flags and model.num_gates:
+        return f"{flags[0]} has changed"
+    is_best = checkpoint.get("is_best") and file.name == runs.CHECKPOINT  # then `Run.tidy` makes a copy of it
+    if not is_best and not file.with_name(runs.BEST).exists():
+        return f"there is no {runs.BEST} beside {file}"
+    return ""
+
+
+def check_mid_epoch(args: argparse.Namespace, checkpoint: dict) -> None:
+    """Raises InputError if an epoch that was left in the middle would go on with other images."""
+    flags = changed(args, checkpoint, IMAGES)
+    if checkpoint.get("step") and flags:
+        raise InputError(
+            f"{flags[0]}: {args.resume} stopped in the middle of epoch {checkpoint['epoch']}, which goes on "
+            f"only with what it began with; to begin that epoch again, add --start-epoch {checkpoint['epoch']}"
+        )
 
 
 def opening_line(folder: Path, loaders: Loaders, model: nn.Module, first: int, last: int) -> str:
