@@ -200,7 +200,7 @@ def test_the_readme_has_the_numbers_of_the_runs():
         of_runs("sample", "full-aig-t0.7"),
         of_both_seeds("argmax", "teacher"),
         of_both_seeds("argmax@budget=0.6", "budget0.6"),
-        of_runs("argmax@budget=0.6", "pays-floor-s1"),
+        of_both_seeds("argmax@budget=0.6", "floor"),
     ]
     for numbers in rows:
         assert f"| {' | '.join(numbers)} |".replace("1.000", "1") in text
