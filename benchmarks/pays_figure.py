@@ -31,7 +31,7 @@ from aig.console import InputError, Parser, number, run_command, say
 from aig.runs import read_json, write_json
 from aig.runtime import ENGINES
 from benchmarks.pays import BUDGETS, CALIBRATED, IMITATED, MAJORITY, SEEDS, STATIC, TAUGHT, teacher_folder
-from benchmarks.pays_table import DENSE, hull, results
+from benchmarks.pays_table import DENSE, alike, hull, results
 from benchmarks.runner import ROOT, RUNS
 from benchmarks.timing import where
 from convnet_aig import BasicBlock, ResNet_cifar
@@ -149,14 +149,19 @@ def fastest(times: dict[str, dict], arm: str, mode: str) -> float | None:
 
 
 def points(folder: Path, curve: Sequence[tuple[str, str]], times: dict[str, dict] | None) -> list[Point]:
-    """What is known of a curve, over MMACs, or over milliseconds with `times`; by cost."""
+    """What is known of a curve, over MMACs, or over milliseconds with `times`; by cost.
+
+    Seeds that do not cost the same are a point each, and have no time.
+    """
     known = []
     for arm, mode in curve:
         each = [result[mode] for result in results(folder, arm).values() if mode in result]
-        macs = [result["macs_mean"] / 1e6 for result in each]
-        cost = fastest(times, arm, mode) if times is not None else statistics.fmean(macs) if macs else None
-        errors = [100 - result["top1"] for result in each]
-        if errors and cost is not None:
+        if not each:
+            continue
+        macs, errors = [result["macs_mean"] / 1e6 for result in each], [100 - result["top1"] for result in each]
+        if not alike(macs):
+            known += [(cost, *3 * (error,)) for cost, error in zip(macs, errors, strict=True) if times is None]
+        elif cost := statistics.fmean(macs) if times is None else fastest(times, arm, mode):
             known.append((cost, statistics.fmean(errors), min(errors), max(errors)))
     return sorted(known)
 

@@ -20,6 +20,7 @@ from benchmarks.pays import BUDGETS, CALIBRATED, MAJORITY, SEEDS, STATIC, TAUGHT
 from benchmarks.runner import ROOT, RUNS
 
 MARGIN = 0.5  # points of error
+ALIKE = 1.1  # by which factor the costs of an arm's seeds may differ, if a mean is to stand for them
 DENSE = "argmax"  # the mode of nets without gates
 VARIES = 0.01  # a gate that opens for at least this fraction of the images, and is closed for as many
 Tested = dict[int, dict[str, dict]]  # what was tested of an arm, by seed and mode
@@ -100,6 +101,11 @@ def verdict(ours: float, lower: float, upper: float) -> str:
     return "pays" if ours < lower - MARGIN else "loses" if ours > upper + MARGIN else "undecided"
 
 
+def alike(costs: Sequence[float]) -> bool:
+    """Whether the seeds of an arm cost about the same. Those of `majority-floor` run five and four blocks."""
+    return max(costs) <= ALIKE * min(costs)
+
+
 def varying(found: Tested, mode: str) -> str:
     """How many gates vary, by seed."""
     gates = [result[mode]["gates"] for result in found.values() if mode in result]
@@ -175,6 +181,10 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
         yield Comparison("floor", "its cost", CALIBRATED[0.6], f"`{arm}`", [arm], mode, partial(at_cost_of, arm, mode))
 
 
+def by_seed(values: Sequence[float]) -> str:
+    return " / ".join(f"{value:.2f}" for value in values)
+
+
 def table(folder: Path) -> Iterator[str]:
     """The lines of the table of all arms, and of that of the verdicts, as far as there are results."""
     arms = list(dict.fromkeys(name for stage in stages(1) for name in stage))
@@ -185,9 +195,10 @@ def table(folder: Path) -> Iterator[str]:
         for mode in dict.fromkeys(mode for result in tested.values() for mode in result):
             seeds = [seed for seed in tested if mode in tested[seed]]
             each = [point(tested, seed, mode) for seed in seeds]
-            macs, error = map(fmean, zip(*each, strict=True))
-            each = " / ".join(f"{error:.2f}" for _, error in each)
-            yield f"| {arm} | {', '.join(map(str, seeds))} | `{mode}` | {macs:.2f} | {error:.2f} ({each}) |"
+            macs, errors = zip(*each, strict=True)
+            cost = f"{fmean(macs):.2f}" + ("" if alike(macs) else f" ({by_seed(macs)})")
+            error = f"{fmean(errors):.2f} ({by_seed(errors)})"
+            yield f"| {arm} | {', '.join(map(str, seeds))} | `{mode}` | {cost} | {error} |"
     yield ""
     yield "| gated net | at | gates that vary | against | its error, % | theirs | difference, points | verdict |"
     yield "|---|---|---|---|---|---|---|---|"

@@ -42,6 +42,14 @@ def test_a_point_is_the_mean_of_the_seeds_with_their_lowest_and_highest_error(tm
     assert pays_figure.points(tmp_path / "runs", curve, {}) == []
 
 
+def test_seeds_that_run_different_blocks_are_a_point_each_and_have_no_time(tmp_path, keep):
+    for seed, macs, error in ((1, 22, 13), (2, 17, 14)):
+        keep("majority-floor", seed, argmax=(macs, error))
+    curve = pays_figure.CURVES["always the same blocks (floor)"]
+    assert pays_figure.points(tmp_path / "runs", curve, None) == [(17, 14, 14, 14), (22, 13, 13, 13)]
+    assert pays_figure.points(tmp_path / "runs", curve, {"fast": {"majority-floor": {DENSE: 2.5}}}) == []
+
+
 def test_the_figure_draws_what_there_is(tmp_path, keep, run):
     for arm, macs, error in (("control", 40, 14), ("resnet14", 30, 16), ("resnet14-taught", 30, 15)):
         keep(arm, 1, argmax=(macs, error))

@@ -112,6 +112,15 @@ def test_no_verdict_before_all_is_there(tmp_path, keep):
     assert rows(tmp_path, "budget0.45")[0][3:6] == ["", "", ""]
 
 
+def test_costs_that_differ_are_given_by_seed(tmp_path, keep):
+    for arm, costs in (("majority-floor", (22, 17)), ("majority0.6", (22, 21))):
+        for seed, macs in zip(pays.SEEDS, costs, strict=True):
+            keep(arm, seeds=[seed], argmax=(macs, 12 + seed))
+    lines = list(pays_table.table(tmp_path))
+    assert "| majority-floor | 1, 2 | `argmax` | 19.50 (22.00 / 17.00) | 13.50 (13.00 / 14.00) |" in lines
+    assert "| majority0.6 | 1, 2 | `argmax` | 21.50 | 13.50 (13.00 / 14.00) |" in lines
+
+
 def test_no_verdict_while_a_test_is_missing(tmp_path, keep, static):
     keep("budget0.75", **{"argmax@budget=0.75": (30, 10)})
     assert rows(tmp_path, "budget0.75")[0][-1] == "pays"
