@@ -171,7 +171,8 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
     for index, (name, curve) in enumerate(CURVES.items()):
         if known := points(folder, curve, times):
             cost, error, low, high = np.array(known).T
-            style = {"linestyle": "-", "color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            style["linestyle"] = "-" if len(curve) > 1 else "none"  # seeds are not joined
             if name.startswith("static"):
                 style = {"linestyle": "none", "color": "black", "marker": "o"}
             hollow = {"markerfacecolor": "white"} if "taught" in name else {}
