@@ -606,8 +606,7 @@ def make_state(
     if checkpoint and not files.recorded(checkpoint):
         state.best = -1.0  # the best of another program's folder is none of this run's
     elif checkpoint:
-        why = why_best_is_void(args, checkpoint, model)
-        if state.best >= 0 and why:
+        if why := why_best_is_void(args, checkpoint, model, state.best):
             state.best = -1.0
             say(f"{why}: the best model is chosen anew")
         check_mid_epoch(args, checkpoint)
@@ -623,8 +622,8 @@ def changed(args: argparse.Namespace, checkpoint: dict, names: Sequence[str]) ->
     return [f"--{name.replace('_', '-')}" for name in names if own.get(name) != vars(args).get(name)]
 
 
-def why_best_is_void(args: argparse.Namespace, checkpoint: dict, model: AdaptiveResNet) -> str:
-    """Why the best accuracy so far cannot be compared with those to come; "" if it can."""
+def why_best_is_void(args: argparse.Namespace, checkpoint: dict, model: AdaptiveResNet, best: float) -> str:
+    """Why `best`, the best accuracy so far, cannot be compared with those to come; "" if it can."""
     own, file = files.recorded(checkpoint), Path(args.resume)
     if changed(args, checkpoint, ("val_size", "split")):
         return "the validation set has changed, and earlier epochs saw its images"
@@ -635,7 +634,7 @@ def why_best_is_void(args: argparse.Namespace, checkpoint: dict, model: Adaptive
     if flags and model.num_gates:
         return f"{flags[0]} has changed"
     is_best = checkpoint.get("is_best") and file.name == runs.CHECKPOINT  # then `Run.tidy` makes a copy of it
-    if not is_best and not file.with_name(runs.BEST).exists():
+    if best >= 0 and not is_best and not file.with_name(runs.BEST).exists():
         return f"there is no {runs.BEST} beside {file}"
     return ""
 

@@ -172,7 +172,7 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
         if known := points(folder, curve, times):
             cost, error, low, high = np.array(known).T
             style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-            style["linestyle"] = "-" if len(curve) > 1 else "none"  # seeds are not joined
+            style["linestyle"] = "-" if len(curve) > 1 else "none"  # the seeds of one arm are not joined
             if name.startswith("static"):
                 style = {"linestyle": "none", "color": "black", "marker": "o"}
             hollow = {"markerfacecolor": "white"} if "taught" in name else {}
@@ -199,7 +199,7 @@ def figure(folder: Path, times: dict[str, dict]) -> Figure:
     first.xaxis.set_minor_formatter("{x:g}")
     for axes in second:
         draw(axes, folder, times)
-        axes.set(xlabel="milliseconds for an image (one seed),\nfaster of ONNX Runtime and OpenVINO")
+        axes.set(xlabel="milliseconds for an image (of one seed),\nfaster of ONNX Runtime and OpenVINO")
     handles, labels = first.get_legend_handles_labels()
     text = "Bars: lowest to highest seed. Each error has a standard error of 0.3 points from its 10,000 test images."
     drawing.suptitle(text, fontsize=7, x=0.99, horizontalalignment="right")

@@ -133,8 +133,9 @@ class Comparison:
         seeds = [seed for seed in SEEDS if done[seed] == most]
         each = {seed: errors for seed, errors in zip(seeds, self.errors(seeds), strict=True) if errors} if seeds else {}
         complete = all(len(arms) == len(modes) for arms in done.values())
-        word = "outside of their range" if complete else "not tested at this cost"
-        word = f"not yet: {missing} training{'s' * (missing > 1)} to come" if missing else f"none: {word}"
+        outside = [f"seed {seed}" for seed in SEEDS if seed not in each] if each else []  # else both
+        where = " ".join([*outside, "outside of their range"]) if complete else "not tested at this cost"
+        word = f"not yet: {missing} training{'s' * (missing > 1)} to come" if missing else f"none: {where}"
         gates = varying({seed: found[self.arm][seed] for seed in each or found[self.arm]}, self.mode)
         cells = [self.arm, self.at, gates, self.others]
         if not each:

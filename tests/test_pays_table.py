@@ -148,7 +148,7 @@ def test_no_verdict_from_one_seed_where_the_other_is_out_of_range(tmp_path, keep
     for seed, macs in ((1, 30), (2, 9)):
         keep("budget0.75", seeds=[seed], **{"argmax@budget=0.75": (macs, 10)})
     numbers = ["10.00", "15.00", "-5.00 (seed 1: -5.00)"]
-    assert rows(tmp_path, "budget0.75")[0][3:] == [*numbers, "none: outside of their range"]
+    assert rows(tmp_path, "budget0.75")[0][3:] == [*numbers, "none: seed 2 outside of their range"]
 
 
 def test_the_kind_of_a_static_net_is_that_of_the_lower_mean(tmp_path, keep):

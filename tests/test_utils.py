@@ -437,6 +437,16 @@ def test_the_best_model_is_one_that_was_chosen_alike(name, flags, why, run, tune
     assert ("best top-1 99.5" in out) == (not why)
 
 
+def test_a_changed_validation_set_is_said_even_if_there_is_no_best_model_yet(run, tuned, tmp_path):
+    file = resume_altered(tuned / "gated", tmp_path / "run")
+    torch.save({**load_checkpoint(file), "best_prec1": -1.0, "is_best": False}, file)
+    for flags, said in ((["--val-size", 100], 1), ([], 0)):
+        copied = shutil.copytree(file.parent, tmp_path / f"said{said}")
+        _, out, _ = run(train.main, "--resume", copied, "--device", "cpu", "--start-epoch", 3, *flags)
+        assert out.count("the validation set has changed, and earlier epochs saw its images") == said
+        assert f"there is no {runs.BEST} beside" not in out
+
+
 def test_a_cosine_of_one_step_an_epoch_says_so(run, tmp_path):
     command = ["--dataset", "digits", "--depth", 8, "--device", "cpu", "--lr-schedule", "cosine", "--epochs", 1]
     for size, said in ((2048, True), (1024, False)):
