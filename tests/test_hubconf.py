@@ -1,6 +1,10 @@
 """The entry points of torch.hub, from a checkout."""
 
+import ast
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +48,26 @@ def test_there_is_an_entry_for_each_network_and_its_twin():
     pairs = {f"{kind}_{depth}" for kind in ("convnet_aig", "resnet") for depth in (50, 101, 152)}
     assert entry_points() == RELEASED.keys() | pairs
     assert all(getattr(hubconf, name).__doc__ for name in entry_points())
+
+
+def top_level_imports(source):
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_torch_hub_asks_for_what_the_entry_points_need():
+    files = "print(*{getattr(module, '__file__', None) for module in sys.modules.values()}, sep='\\n')"
+    command = [sys.executable, "-c", f"import sys, hubconf; {files}"]
+    loaded = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    own = [file for file in map(Path, loaded) if file.parent in (ROOT, ROOT / "aig")]
+    imported = {name.split(".")[0] for file in own for name in top_level_imports(file.read_text(encoding="utf-8"))}
+    needed = imported - sys.stdlib_module_names - {file.stem for file in own} - {"aig"}
+    assert "torch" in needed <= set(hubconf.dependencies)
+    listed = re.findall(r"^[\w-]+", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {{"PIL": "pillow"}.get(name, name) for name in hubconf.dependencies} <= set(listed)
 
 
 def test_gates_are_where_the_target_rates_ask_for_them():
