@@ -1,11 +1,12 @@
 """What came of the long trainings: the table of all arms, and the verdicts by the rules that benchmarks.pays gives.
 
     python -m benchmarks.pays_table
+    python -m benchmarks.pays_table --held-out    # the same differences on the images held out
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -15,7 +16,7 @@ from statistics import fmean
 
 from aig.checkpoint import TEST
 from aig.console import Parser, run_command
-from aig.runs import read_json
+from aig.runs import read_json, read_records
 from benchmarks.pays import BUDGETS, CALIBRATED, MAJORITY, SEEDS, STATIC, TAUGHT, stages
 from benchmarks.runner import ROOT, RUNS
 
@@ -32,6 +33,15 @@ def results(folder: Path, arm: str) -> Tested:
     """What was tested of an arm, of the seeds that are done."""
     found = {seed: read_json(folder / f"pays-{arm}-s{seed}" / TEST) for seed in SEEDS}
     return {seed: result for seed, result in found.items() if result}
+
+
+def held_out(folder: Path, arm: str) -> Tested:
+    """The error on the images held out instead, in mode `argmax`; the rest is as on the test images."""
+    found = {}
+    for seed, tested in results(folder, arm).items():
+        if records := read_records(folder / f"pays-{arm}-s{seed}"):
+            found[seed] = {DENSE: tested[DENSE] | {"top1": records[-1]["val"]["top1"]}}
+    return found
 
 
 def point(tested: Tested, seed: int, mode: str) -> Point | None:
@@ -148,8 +158,8 @@ class Comparison:
         return f"| {' | '.join([*cells, f'{ours:.2f}', span, f'{ours - upper:+.2f} ({by_seed})', word])} |"
 
 
-def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
-    """All that the protocol asks for."""
+def comparisons(found: dict[str, Tested], modes: Mapping[float, str]) -> Iterator[Comparison]:
+    """All that the protocol asks for, with the mode of gated nets for each budget."""
 
     def at_budget(rivals: Callable, arm: str, mode: str, seeds: Sequence[int]) -> Iterator[Errors | None]:
         """A gated net and others at its cost."""
@@ -168,16 +178,16 @@ def comparisons(found: dict[str, Tested]) -> Iterator[Comparison]:
 
     static = [arm + kind for arm in STATIC for kind in ("", TAUGHT)]
     same = [*MAJORITY.values(), "majority-floor"]
-    own = [(f"budget{budget}", budget) for budget in BUDGETS]
-    every = [(arm, budget) for arm in ("floor", "rates", "scratch") for budget in BUDGETS]
+    own = [(f"budget{budget}", modes[budget]) for budget in BUDGETS]
+    every = dict.fromkeys((arm, modes[budget]) for arm in ("floor", "rates", "scratch") for budget in BUDGETS)
     rivals = [
-        ("static nets", static, own + every, partial(static_points, found)),
-        ("always the same blocks", same, [*own, ("floor", 0.6)], partial(points, found, same)),
+        ("static nets", static, [*own, *every], partial(static_points, found)),
+        ("always the same blocks", same, [*own, ("floor", modes[0.6])], partial(points, found, same)),
     ]
     for name, needed, gated, nets in rivals:
-        for arm, budget in gated:
-            mode = CALIBRATED[budget]
-            yield Comparison(arm, f"{budget}", mode, name, needed, DENSE, partial(at_budget, nets, arm, mode))
+        for arm, mode in gated:
+            at = mode.removeprefix("argmax@budget=")
+            yield Comparison(arm, at, mode, name, needed, DENSE, partial(at_budget, nets, arm, mode))
     for arm, mode in (("majority-floor", DENSE), ("random", "sample")):
         yield Comparison("floor", "its cost", CALIBRATED[0.6], f"`{arm}`", [arm], mode, partial(at_cost_of, arm, mode))
 
@@ -186,10 +196,10 @@ def by_seed(values: Sequence[float]) -> str:
     return " / ".join(f"{value:.2f}" for value in values)
 
 
-def table(folder: Path) -> Iterator[str]:
+def table(folder: Path, read: Callable = results, modes: Mapping[float, str] = CALIBRATED) -> Iterator[str]:
     """The lines of the table of all arms, and of that of the verdicts, as far as there are results."""
     arms = list(dict.fromkeys(name for stage in stages(1) for name in stage))
-    found = {arm: results(folder, arm) for arm in arms}
+    found = {arm: read(folder, arm) for arm in arms}
     yield "| arm | seeds | mode | MMACs of an image | error, % (by seed) |"
     yield "|---|---|---|---|---|"
     for arm, tested in found.items():
@@ -203,14 +213,17 @@ def table(folder: Path) -> Iterator[str]:
     yield ""
     yield "| gated net | at | gates that vary | against | its error, % | theirs | difference, points | verdict |"
     yield "|---|---|---|---|---|---|---|---|"
-    yield from (comparison.row(found) for comparison in comparisons(found))
+    yield from (comparison.row(found) for comparison in comparisons(found, modes))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=ROOT / "results", metavar="DIR", help="holds runs/")
+    held = "on the images held out, in mode argmax; the protocol's verdicts are those on the test images"
+    parser.add_argument("--held-out", action="store_true", help=held)
     args = parser.parse_args(argv)
-    print("\n".join(table(args.results / RUNS)))
+    other = (held_out, dict.fromkeys(BUDGETS, DENSE)) if args.held_out else ()
+    print("\n".join(table(args.results / RUNS, *other)))
 
 
 if __name__ == "__main__":

@@ -215,3 +215,23 @@ def test_the_table_lists_every_mode_and_seed(tmp_path, keep, run):
     status, out, _ = run(pays_table.main, "--results", tmp_path)  # which has no runs/
     assert status == 0
     assert "not yet: 14 trainings to come" in out
+
+
+def test_the_same_is_said_of_the_images_held_out(tmp_path, keep, static, run):
+    keep("budget0.6", gates=[0.5, 1], argmax=(30, 20), **{"argmax@budget=0.6": (25, 3)})
+    for folder in tmp_path.iterdir():
+        top1 = json.loads((folder / "test.json").read_text())["argmax"]["top1"]
+        epochs = [{"epoch": epoch, "val": {"top1": value}} for epoch, value in enumerate((1, top1 + 2))]
+        (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(epoch)}\n" for epoch in epochs))
+    keep("budget0.45", argmax=(20, 9))  # without records
+    (tmp_path / "runs").mkdir()
+    for folder in tmp_path.glob("pays-*"):
+        folder.rename(tmp_path / "runs" / folder.name)
+    status, out, _ = run(pays_table.main, "--results", tmp_path, "--held-out")
+    assert status == 0
+    assert "| budget0.6 | 1, 2 | `argmax` | 30.00 | 18.00 (18.00 / 18.00) |" in out
+    assert "| budget0.6 | argmax | 1 of 2 / 1 of 2 | static nets | 18.00 | 13.10 | +4.90 " in out
+    assert "(seed 1: +5.00, seed 2: +4.80) | loses |" in out
+    assert "| always the same blocks |  |  |  | not yet: 8 trainings to come |" in out
+    assert "budget0.45 | 1" not in out
+    assert "budget=" not in out
