@@ -48,6 +48,7 @@ CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
     "static nets": [(arm, DENSE) for arm in STATIC],
     "static nets, taught": [(arm + TAUGHT, DENSE) for arm in STATIC],
 }
+HIGHEST = 20  # percent of error, where the axis ends if a net has more; such nets are named above the figure
 Point = tuple[float, float, float, float]  # cost, and the error in percent: the seeds' mean, lowest, highest
 
 
@@ -187,6 +188,15 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
     axes.grid(color="0.9", linewidth=0.5)
 
 
+def beyond(folder: Path) -> list[str]:
+    """Curves that go above the axis, with the errors there."""
+    found = []
+    for name, curve in CURVES.items():
+        if above := [f"{error:.0f} %" for _, error, *_ in points(folder, curve, None) if error > HIGHEST]:
+            found.append(f"{name}, {' and '.join(above)}")
+    return found
+
+
 def figure(folder: Path, times: dict[str, dict]) -> Figure:
     """Error over multiply-accumulates, left, and over time, right, if there are times."""
     columns = 2 if times else 1
@@ -202,6 +212,9 @@ def figure(folder: Path, times: dict[str, dict]) -> Figure:
         axes.set(xlabel="milliseconds for an image (of one seed),\nfaster of ONNX Runtime and OpenVINO")
     handles, labels = first.get_legend_handles_labels()
     text = "Bars: lowest to highest seed. Each error has a standard error of 0.3 points from its 10,000 test images."
+    if above := beyond(folder):
+        first.set_ylim(top=HIGHEST)
+        text += f"\nAbove the axis: {'; '.join(above)}."
     drawing.suptitle(text, fontsize=7, x=0.99, horizontalalignment="right")
     drawing.legend(handles, labels, loc="outside lower center", ncols=columns + 1, frameon=False, fontsize=7)
     return drawing

@@ -66,6 +66,18 @@ def test_the_figure_draws_what_there_is(tmp_path, keep, run):
         assert picture.size[0] > 500
 
 
+def test_an_error_far_above_the_others_is_named_and_does_not_flatten_them(tmp_path, keep):
+    keep("control", 1, argmax=(40, 14))
+    keep("rates", 1, **{"argmax@budget=0.75": (30, 15), "argmax@budget=0.6": (25, 19)})
+    drawing = pays_figure.figure(tmp_path / "runs", {})
+    assert drawing.axes[0].get_ylim()[1] < 20
+    assert "Above the axis" not in drawing.get_suptitle()
+    keep("rates", 2, **{"argmax@budget=0.45": (18, 54.2), "argmax@budget=0.5": (20, 27.4)})
+    drawing = pays_figure.figure(tmp_path / "runs", {"engine": {"control": {DENSE: 4.0}}})
+    assert [axes.get_ylim()[1] for axes in drawing.axes] == [20, 20]
+    assert drawing.get_suptitle().endswith("\nAbove the axis: gated, to target rates, 54 % and 27 %.")
+
+
 def test_bars_go_from_the_lowest_to_the_highest_seed(tmp_path, keep):
     for seed, error in ((1, 13), (2, 15)):
         keep("majority0.6", seed, argmax=(30, error))
