@@ -48,6 +48,7 @@ CURVES = {  # what is joined by a line: arm and mode, by the name in the legend
     "static nets": [(arm, DENSE) for arm in STATIC],
     "static nets, taught": [(arm + TAUGHT, DENSE) for arm in STATIC],
 }
+HUES = [*COLOURS, "tab:brown"]  # no two curves alike
 HIGHEST = 20  # percent of error, where the axis ends if a net has more; such nets are named above the figure
 Point = tuple[float, float, float, float]  # cost, and the error in percent: the seeds' mean, lowest, highest
 
@@ -172,7 +173,7 @@ def draw(axes: Axes, folder: Path, times: dict[str, dict] | None) -> None:
     for index, (name, curve) in enumerate(CURVES.items()):
         if known := points(folder, curve, times):
             cost, error, low, high = np.array(known).T
-            style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            style = {"color": HUES[index % len(HUES)], "marker": MARKERS[index % len(MARKERS)]}
             style["linestyle"] = "-" if len(curve) > 1 else "none"  # the seeds of one arm are not joined
             if name.startswith("static"):
                 style = {"linestyle": "none", "color": "black", "marker": "o"}
